@@ -1,0 +1,43 @@
+# make demo   the whole pipeline on the embedded world, then one answered question
+# make test   the fast tests        make test-all   the slow ones too
+# make check  lint, format, types   make lock       renew constraints.txt
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check lock clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+
+# The stamp is newer than what decides the environment, so a second run installs nothing.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + " -> make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (about 1.6 GB, once)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(BIN)/.installed
+	@dvc repro
+	@python -m pipeline.report
+	@python -m pipeline.chat data/samples/test-7.png "what color is the shape?"
+
+test: $(BIN)/.installed
+	@python -m pytest -n 2 -m "not slow and not gpu"
+
+test-all: $(BIN)/.installed
+	@python -m pytest -n 2 -m "not gpu"
+
+check: $(BIN)/.installed
+	@ruff check . && ruff format --check . && mypy
+
+lock: $(BIN)/.installed
+	@(echo "# Exact versions of everything \`make\` installs; pyproject.toml has the ranges. Renewed by \`make lock\`."; \
+	  pip freeze --exclude-editable | sed 's/+cpu//') > constraints.txt
+
+clean:
+	rm -rf .venv .dvc/cache .dvc/tmp .dvc/features data/features data/features_meta.json data/tokens models results

@@ -1,0 +1,57 @@
+"""The one error type of the project.
+
+Every mistake a user can make ends as one line on stderr: what is wrong, where, and what mends it.
+A traceback from any stage or command is therefore a defect of ours, never of the user's data.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+# Exit codes: DVC reports any failure as 255, so the line itself must tell; the codes serve scripts.
+USAGE, BAD_ROWS, ARTEFACT, RESOURCE, BUSY, NUMERIC = 2, 3, 4, 5, 6, 7
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+class PipelineError(Exception):
+    """A problem the user can mend.
+
+    Args:
+        what: what is wrong, with expected and got.
+        where: file, row or parameter it was found in.
+        remedy: the parameter or command that mends it.
+        code: exit code of the process (see the constants above).
+    """
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "", code: int = USAGE) -> None:
+        self.what, self.where, self.remedy, self.code = what, where, remedy, code
+        super().__init__(self.line())
+
+    def line(self) -> str:
+        """One line of text, control characters and memory addresses removed."""
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        if self.remedy:
+            text += f" -> {self.remedy}"
+        return _ADDRESS.sub("", _CONTROL.sub(" ", text))
+
+
+def brief(error: BaseException, *, limit: int = 160) -> str:
+    """The first line of a library's error, short enough to quote in ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def exit_on_error(work: Callable[[], None]) -> NoReturn:
+    """Run `work`; a `PipelineError` becomes one line on stderr and its exit code."""
+    try:
+        work()
+    except PipelineError as error:
+        print(f"error: {error.line()}", file=sys.stderr, flush=True)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command to go on", file=sys.stderr, flush=True)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,82 @@
+"""Files that appear whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RESOURCE, PipelineError
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, which takes its place, synced, when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise PipelineError(f"cannot be written: {error.strerror or error}", where=str(path), code=RESOURCE) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON with sorted keys, written whole or not at all; not-a-number is refused, since no reader accepts it."""
+    with publish(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """As `publish` for a folder: whatever stood at `path` is replaced by the finished new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            _sync(file)
+        _sync(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise PipelineError(f"cannot be written: {error.strerror or error}", where=str(path), code=RESOURCE) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Give `target` the content of `source` at no cost where the filesystem links; True when it was linked."""
+    try:
+        os.link(source, target)
+        return True
+    except OSError:
+        with publish(target) as temporary:
+            shutil.copyfile(source, temporary)
+        return False
+
+
+def main_checkout(folder: Path | None = None) -> Path:
+    """The checkout that owns this workspace: DVC's temporary workspaces lie under its .dvc folder."""
+    here = (folder or Path()).resolve()
+    for parent in here.parents:
+        if parent.name == ".dvc":
+            return parent.parent
+    return here

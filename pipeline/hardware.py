@@ -1,0 +1,51 @@
+"""Which device and number format to compute in: read from the hardware, never from a name."""
+
+import resource
+import sys
+
+import torch
+
+from pipeline.errors import PipelineError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(requested: str) -> torch.device:
+    """`auto` is the first GPU, else the CPU; a device that is asked for and absent is an error, never a silent CPU run."""
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(requested)
+    missing = (device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count())) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise PipelineError(f"runtime.device is {requested}, which this machine lacks", remedy="set runtime.device: auto")
+    return device
+
+
+def pick_precision(requested: str, device: torch.device) -> str:
+    """`auto` is bfloat16 where the hardware multiplies it natively, float16 on older GPUs, float32 elsewhere."""
+    if requested == "float16" and device.type == "cpu":
+        raise PipelineError("precision float16 needs a GPU", remedy="set precision: auto")
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
+    return "float32"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context for forward passes: float32 switches autocast off."""
+    dtype = DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory this process has held: on the GPU where one is used, else resident memory. In GB (1e9 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,115 @@
+"""Projector, splice, language model: the vision-language model, composed of parts that stay themselves.
+
+Shapes: B rows, T tokens, S images in the batch, P patches, Dv vision width, D hidden size, V vocabulary.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.batches import Batch
+from pipeline.errors import ARTEFACT, PipelineError, brief
+
+
+def build_projector(kind: str, width: int, hidden: int) -> nn.Sequential:
+    """Patch features [.., Dv] -> token embeddings [.., D].
+
+    linear: MiniMind-V (Dec 2025). mlp: LLaVA-1.5 (arXiv 2310.03744) with the tanh form of GELU, which Transformers, vLLM
+    and llama.cpp share. norm_mlp: MiniMind-V (2026), a LayerNorm first.
+    """
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(width, hidden))
+    mlp = [nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, hidden)]
+    return nn.Sequential(*([nn.LayerNorm(width), *mlp] if kind == "norm_mlp" else mlp))
+
+
+def splice(embeddings: torch.Tensor, features: torch.Tensor, row: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Put projected features where their placeholders stand.
+
+    Args:
+        embeddings: [B, T, D] of all tokens, placeholders included.
+        features: [S, P, D], one run an image.
+        row, start: int64 [S], the row of each run and the position of its first placeholder.
+
+    Returns a new [B, T, D]; gradients flow to both inputs. Raises ValueError when counts do not match or a run leaves its row.
+    """
+    if not len(features) == len(row) == len(start):
+        raise ValueError(f"{len(features)} images' features for {len(row)} runs of placeholders")
+    if not len(features):
+        return embeddings
+    positions = start[:, None] + torch.arange(features.shape[1], device=start.device)  # [S, P]
+    return embeddings.index_put((row[:, None].expand_as(positions), positions), features.to(embeddings.dtype))
+
+
+class VisionLanguageModel(nn.Module):
+    """A projector and a language model; patch features come from outside, so no vision tower is in here."""
+
+    def __init__(self, projector: nn.Module, language_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.projector, self.language_model = projector, language_model
+        self.router_trains = False
+
+    def embed(self, batch: Batch, features: torch.Tensor) -> torch.Tensor:
+        """Input embeddings [B, T, D]: the tokens' own, with features [S, P, Dv] projected and spliced in."""
+        embeddings = self.language_model.get_input_embeddings()(batch.ids)
+        projected = self.projector(features.to(self.projector[0].weight.dtype))
+        return splice(embeddings, projected, batch.slot_row, batch.slot_start)
+
+    def forward(self, batch: Batch, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the cross-entropy over supervised tokens, and a mixture's router loss (0 where none trains).
+
+        Hidden states are gathered at supervised positions before the vocabulary projection, so [B, T, V] never exists.
+        Right padding needs no mask: a causal model's real tokens never see it.
+        """
+        extra = {"output_router_logits": True} if self.router_trains else {}
+        output = self.language_model(
+            inputs_embeds=self.embed(batch, features), logits_to_keep=batch.keep, use_cache=False, **extra
+        )
+        logits = output.logits.reshape(-1, output.logits.shape[-1])
+        loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        router = getattr(output, "aux_loss", None) if self.router_trains else None
+        return loss, loss.new_zeros(()) if router is None else router * self.language_model.config.router_aux_loss_coef
+
+
+def load_language_model(model: str, *, revision: str = "", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Any Transformers causal LM, strictly: a missing weight is an error, never a random one."""
+    try:
+        language_model, info = AutoModelForCausalLM.from_pretrained(
+            model,
+            revision=revision or "main",
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        remedy = "give a Transformers folder, or a hub id reachable from here"
+        raise PipelineError(f"cannot load {model}: {brief(error)}", where="llm.model", remedy=remedy, code=ARTEFACT) from None
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info[kind]:
+            raise PipelineError(f"{model}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}", where="llm.model", code=ARTEFACT)
+    return language_model
+
+
+def freeze(model: VisionLanguageModel, train: str) -> dict[str, int]:
+    """Set what trains: `projector`, `projector+ends` (first and last decoder layer too) or `all`; returns counts by part.
+
+    The one place that touches `requires_grad`.
+    """
+    language_model = model.language_model
+    model.requires_grad_(False)
+    model.projector.requires_grad_(True)
+    if train == "all":
+        language_model.requires_grad_(True)
+    elif train == "projector+ends":
+        layers = language_model.get_decoder().layers
+        layers[0].requires_grad_(True)
+        layers[-1].requires_grad_(True)
+    is_mixture = getattr(language_model.config, "router_aux_loss_coef", None) is not None
+    model.router_trains = is_mixture and train != "projector"
+    return {
+        "projector": sum(p.numel() for p in model.projector.parameters() if p.requires_grad),
+        "language_model": sum(p.numel() for p in language_model.parameters() if p.requires_grad),
+        "frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad),
+    }

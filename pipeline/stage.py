@@ -1,0 +1,74 @@
+"""What every stage does first and last: parameters narrowed to its own, one-line errors, figures, no orphans."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError, exit_on_error
+from pipeline.params import StageParams, load_for_stage, read_yaml
+
+
+def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
+    """Run one stage in the project's root folder and write `metrics/<name>.json` from what it returns.
+
+    `seconds` and `peak_memory_gb` are added. A user's mistake ends as one line and a non-zero exit code.
+    """
+
+    def whole() -> None:
+        _die_with_parent()
+        _be_quiet()
+        params = load_for_stage(name)
+        _require_listed_models(name, params)
+        began = time.perf_counter()
+        figures = work(params)
+        from pipeline.files import write_json
+        from pipeline.hardware import peak_memory_gb, pick_device
+
+        figures["seconds"] = round(time.perf_counter() - began, 1)
+        figures["peak_memory_gb"] = round(peak_memory_gb(pick_device(params.runtime.device)), 3)
+        write_json(Path("metrics") / f"{name}.json", figures)
+        shown = ", ".join(f"{key} {value}" for key, value in figures.items() if not isinstance(value, dict))
+        print(f"{name}: {shown}", flush=True)
+
+    exit_on_error(whole)
+
+
+def _die_with_parent() -> None:
+    """End when DVC ends: killed with -9 it would leave this process writing the outputs of the next run."""
+    if not sys.platform.startswith("linux") or "DVC_ROOT" not in os.environ:
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _be_quiet() -> None:
+    """Libraries report through our progress lines and errors only."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def _require_listed_models(stage: str, params: StageParams) -> None:
+    """A model in a folder must be a dependency, or a change of its files would not re-run the stage."""
+    listed = [Path(str(dep)) for dep in read_yaml(Path("dvc.yaml"))["stages"][stage].get("deps", [])]
+    for section in ("vision", "llm"):
+        try:
+            model = getattr(params, section).model
+        except PipelineError:
+            continue
+        folder = Path(model)
+        if folder.is_dir() and not any(folder == dep or dep in folder.parents for dep in listed):
+            raise PipelineError(
+                f"{section}.model is the folder {model}, which is not a dependency of stage {stage}",
+                where="dvc.yaml",
+                remedy=f"add {model} to stages.{stage}.deps",
+            )

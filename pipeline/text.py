@@ -1,0 +1,202 @@
+"""Record -> token ids, supervised spans and image positions, assembled piece by piece.
+
+The chat template is taken apart once per order of roles: it is rendered with marks in place of the contents, so that
+template and content are encoded apart. A content can then never yield a control token, and what is supervised (the
+assistant's words and its end-of-turn token) and where images stand is known by construction, never searched for.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pipeline.errors import ARTEFACT, BAD_ROWS, PipelineError, brief
+from pipeline.records import ImageSlot, Turn
+
+TEXT = 1  # part of every token table's fingerprint: raise it when this file gives other ids
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One conversation as token ids.
+
+    Attributes:
+        ids: int32 [T].
+        spans: supervised (start, end) pairs, one for each of the assistant's turns, end exclusive.
+        images: start of each image's run of P placeholder ids, in the order of the record's images.
+    """
+
+    ids: np.ndarray
+    spans: tuple[tuple[int, int], ...]
+    images: tuple[int, ...]
+
+
+class PromptBuilder:
+    """Builds prompts for one tokenizer and P placeholder tokens an image.
+
+    Args:
+        model, revision: a Transformers folder or hub id whose tokenizer has a chat template.
+        image_token: an existing token of its vocabulary that stands in for image features.
+        tokens: placeholders an image (P).
+
+    Raises `PipelineError` when the template is missing or cannot be taken apart, or the image token is not one token.
+    """
+
+    def __init__(self, model: str, *, revision: str = "", image_token: str, tokens: int) -> None:
+        self.tokenizer = _load_tokenizer(model, revision)
+        self.model, self.tokens = model, tokens
+        vocabulary = self.tokenizer.get_vocab()
+        if image_token not in vocabulary:
+            raise PipelineError(f"{image_token!r} is not a token of {model}", where="llm.image_token", remedy=_reserved(self.tokenizer))
+        self.image_token, self.image_id = image_token, vocabulary[image_token]
+        self.control = _control_tokens(self.tokenizer, image_token)
+        self._control_ids = np.array(sorted(self.control.values()), dtype=np.int64)
+        self._content = _content_tokenizer(self.tokenizer, set(self.control))
+        self.pieces = lru_cache(maxsize=4096)(self._pieces)
+        self.end_id = self.pieces(("user", "assistant"))[-1][self._end_of_turn(self.pieces(("user", "assistant"))[-1]) - 1]
+        self._check()
+
+    def _pieces(self, roles: tuple[str, ...], generate: bool = False) -> tuple[tuple[int, ...], ...]:
+        """Template ids before, between and after the contents of turns with these roles: len(roles) + 1 pieces."""
+        marks = [f"[slot{i:05d}]" for i in range(len(roles))]
+        text = self._render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)], generate)
+        pieces = []
+        for mark in marks:
+            before, found, text = text.partition(mark)
+            if not found:
+                raise PipelineError(f"its chat template drops or reorders turns ({', '.join(roles)})", where=self.model, code=ARTEFACT)
+            pieces.append(before)
+        return tuple(tuple(self.tokenizer.encode(piece, add_special_tokens=False)) for piece in [*pieces, text])
+
+    def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
+        try:  # enable_thinking: answers are short, so templates with a think block leave it empty
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generate, enable_thinking=False
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise PipelineError(f"its chat template refuses turns {roles}: {brief(error)}", where=self.model, code=BAD_ROWS) from None
+
+    def _check(self) -> None:
+        """The assembled ids must be the template's own, and training must see the prefix that generation will."""
+        talk = [("user", "What is this?"), ("assistant", "It is a cat."), ("user", "Which colour?"), ("assistant", "Black.")]
+        turns = [Turn(role, (text,)) for role, text in talk]
+        whole = self._render([{"role": role, "content": text} for role, text in talk], generate=False)
+        expected = self.tokenizer.encode(whole, add_special_tokens=False)
+        built = self.build(turns, trim=False).ids.tolist()
+        if built != expected:
+            at = next((i for i, (a, b) in enumerate(zip(built, expected, strict=False)) if a != b), min(len(built), len(expected)))
+            raise PipelineError(
+                f"its chat template cannot be taken apart: ids differ at {at}", where=self.model, remedy="choose another llm.model", code=ARTEFACT
+            )
+        prompt, trained = self.build_question(turns[:3]), self.build(turns)
+        if prompt.ids.tolist() != trained.ids[: trained.spans[-1][0]].tolist():
+            raise PipelineError("its generation prompt differs from what training would show", where=self.model, code=ARTEFACT)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Contents -> ids in one parallel call; control tokens spelled in a text come out as plain text."""
+        encoded = [part.ids for part in self._content.encode_batch(list(texts), add_special_tokens=False)]
+        flat = np.fromiter((token for ids in encoded for token in ids), dtype=np.int64)
+        if np.isin(flat, self._control_ids).any():
+            bad = next(text for text, ids in zip(texts, encoded, strict=True) if np.isin(ids, self._control_ids).any())
+            raise PipelineError(f"the text {brief(ValueError(bad), limit=60)!r} yields a control token", where=self.model, code=BAD_ROWS)
+        return encoded
+
+    def build_batch(self, conversations: Sequence[Sequence[Turn]]) -> list[Prompt]:
+        """Prompts for training; the tokenizer sees all texts of the batch at once."""
+        texts = [part for turns in conversations for turn in turns for part in turn.parts if isinstance(part, str)]
+        encoded = iter(self.encode(texts))
+        return [self._assemble(turns, [[next(encoded) if isinstance(p, str) else p for p in t.parts] for t in turns]) for turns in conversations]
+
+    def build(self, turns: Sequence[Turn], *, trim: bool = True) -> Prompt:
+        """One prompt that ends with the assistant's last end-of-turn token (`trim`), or with the template's tail."""
+        encoded = iter(self.encode([part for turn in turns for part in turn.parts if isinstance(part, str)]))
+        return self._assemble(turns, [[next(encoded) if isinstance(p, str) else p for p in t.parts] for t in turns], trim=trim)
+
+    def build_question(self, turns: Sequence[Turn]) -> Prompt:
+        """A prompt that ends where the assistant's answer begins; nothing in it is supervised."""
+        encoded = iter(self.encode([part for turn in turns for part in turn.parts if isinstance(part, str)]))
+        parts = [[next(encoded) if isinstance(p, str) else p for p in t.parts] for t in turns]
+        return self._assemble(turns, parts, generate=True)
+
+    def _assemble(
+        self, turns: Sequence[Turn], parts: list[list[list[int] | ImageSlot]], *, trim: bool = True, generate: bool = False
+    ) -> Prompt:
+        pieces = self.pieces(tuple(turn.role for turn in turns), generate)
+        ids: list[int] = list(pieces[0])
+        spans: list[tuple[int, int]] = []
+        images: dict[int, int] = {}
+        for turn, content, after in zip(turns, parts, pieces[1:], strict=True):
+            start = len(ids)
+            for part in content:
+                if isinstance(part, ImageSlot):
+                    images[part.index] = len(ids)
+                    ids.extend([self.image_id] * self.tokens)
+                else:
+                    ids.extend(part)
+            if turn.role == "assistant" and not generate:
+                spans.append((start, len(ids) + self._end_of_turn(after)))
+            ids.extend(after)
+        if trim and spans:
+            del ids[spans[-1][1] :]  # what follows the last supervised token teaches nothing
+        return Prompt(np.array(ids, dtype=np.int32), tuple(spans), tuple(images[i] for i in range(len(images))))
+
+    def _end_of_turn(self, after: tuple[int, ...]) -> int:
+        """How many ids of the piece after an answer belong to it: up to and including its first control token."""
+        for count, token in enumerate(after, start=1):
+            if token in self.control.values():
+                return count
+        raise PipelineError("its chat template ends no turn with a control token", where=self.model, code=ARTEFACT)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Ids -> text, control tokens left out."""
+        kept = [int(token) for token in ids if int(token) not in self.control.values()]
+        return self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def spec(self) -> dict[str, object]:
+        """Everything that decides the ids; kept in every token table and checkpoint."""
+        backend = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
+        return {"text": TEXT, "tokenizer": backend, "template": template, "image_id": self.image_id, "tokens": self.tokens}
+
+
+def _load_tokenizer(model: str, revision: str) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        remedy = "give a Transformers folder, or a hub id reachable from here"
+        raise PipelineError(f"cannot load the tokenizer of {model}: {brief(error)}", where="llm.model", remedy=remedy, code=ARTEFACT) from None
+    if not tokenizer.is_fast:
+        raise PipelineError(f"{model} has no tokenizer.json", where="llm.model", remedy="choose a model with a fast tokenizer", code=ARTEFACT)
+    if not tokenizer.chat_template:
+        raise PipelineError(f"{model} has no chat template", where="llm.model", remedy="choose an instruct or chat model", code=ARTEFACT)
+    return tokenizer
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerFast, image_token: str) -> dict[str, int]:
+    """Added tokens that steer the model: the special ones, those the template writes, and the image token."""
+    template = str(tokenizer.chat_template)
+    return {
+        token.content: number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content in template or token.content == image_token
+    }
+
+
+def _content_tokenizer(tokenizer: PreTrainedTokenizerFast, control: set[str]) -> Tokenizer:
+    """The same tokenizer blind to control tokens, so that a text which spells one is encoded letter by letter."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in control]
+    state["post_processor"] = state["truncation"] = state["padding"] = None
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _reserved(tokenizer: PreTrainedTokenizerFast) -> str:
+    names = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    return f"choose one of: {' '.join(names[:12])}" if names else "choose an existing token"

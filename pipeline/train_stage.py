@@ -1,0 +1,151 @@
+"""What the two training stages share: put the parts together, train, save, measure on held-out rows.
+
+A stage says which data, which parameters train (`train`), where features come from (`features`) and which checkpoint it
+starts from; nothing else differs between them.
+"""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from pipeline import checkpoint
+from pipeline.checkpoint import Manifest
+from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.evaluate import answer_accuracy, heldout_loss
+from pipeline.features import FeatureStore
+from pipeline.files import publish
+from pipeline.hardware import pick_device, pick_precision
+from pipeline.images import ImageRoot
+from pipeline.model import VisionLanguageModel, build_projector, freeze, load_language_model
+from pipeline.params import Dataset, StageParams, Training
+from pipeline.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
+from pipeline.text import PromptBuilder
+from pipeline.tokens import TokenTable
+from pipeline.training import MIXED, Schedule, train
+from pipeline.vision import Encoder
+
+TOKENS, FEATURES = Path("data/tokens"), Path("data/features")
+
+
+def train_stage(params: StageParams, training: Training, *, dataset: Dataset, name: str, start: Path | None) -> dict[str, Any]:
+    """Train on `dataset`, save to models/<name>, return the held-out figures."""
+    device = pick_device(params.runtime.device)
+    precision = pick_precision(training.precision, device)
+    accelerator = Accelerator(mixed_precision=MIXED[precision], cpu=device.type == "cpu")
+    set_seed(training.seed)
+    encoder = _encoder(params, device)
+    table, heldout = TokenTable(TOKENS / f"{name}.arrow"), TokenTable(TOKENS / "heldout.arrow", limit=params.evaluate.limit)
+    builder = _builder(params, encoder, table, heldout)
+    model = _model(params, training, encoder, precision, start)
+    counts = freeze(model, training.train)
+    print(f"{name}: {counts['projector']:,} projector and {counts['language_model']:,} language-model parameters train, "
+          f"{counts['frozen']:,} are frozen; {len(table):,} rows, features {training.features}, {precision} on {device}", flush=True)
+    source, heldout_source = _sources(training.features, encoder, ((table, dataset), (heldout, params.data.heldout)))
+    schedule = Schedule(**{key: getattr(training, key) for key in Schedule.__dataclass_fields__})
+    model.to(accelerator.device)
+    history = train(model, table, source, schedule, accelerator, image_id=builder.image_id, name=name)
+    _save(params, model, encoder, builder, training.train, start, Path("models") / name)
+    _write_history(Path("results") / name / "history.csv", history)
+    return _measure(params, training, model, heldout, heldout_source, accelerator, builder) | {
+        "train_loss": round(sum(row["loss"] for row in history[-20:]) / len(history[-20:]), 6),
+        "steps": len(history),
+    }
+
+
+def _encoder(params: StageParams, device: torch.device) -> Encoder:
+    vision, runtime = params.vision, params.runtime
+    return Encoder(
+        vision.model,
+        revision=vision.revision,
+        layer=vision.layer,
+        precision=vision.precision,
+        device=device,
+        batch=runtime.extract_batch,
+    )
+
+
+def _builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> PromptBuilder:
+    llm = params.llm
+    builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=encoder.tokens)
+    for table in tables:
+        if table.spec != builder.spec():
+            raise PipelineError(
+                f"was made for another tokenizer, template or encoder than {llm.model}", where=str(table.path), remedy="dvc repro tokenize", code=ARTEFACT
+            )
+    return builder
+
+
+def _model(params: StageParams, training: Training, encoder: Encoder, precision: str, start: Path | None) -> VisionLanguageModel:
+    """Frozen weights are held in bfloat16 where the hardware computes in it; weights that train stay float32."""
+    frozen = training.train == "projector" and precision == "bfloat16"
+    dtype = torch.bfloat16 if frozen else torch.float32
+    kind = params.projector.kind
+    if start is None:
+        language_model = load_language_model(params.llm.model, revision=params.llm.revision, dtype=dtype)
+        projector = build_projector(kind, encoder.width, language_model.get_input_embeddings().embedding_dim)
+        return VisionLanguageModel(projector, language_model)
+    model, manifest = checkpoint.load(start, dtype=dtype)
+    if manifest.projector["kind"] != kind or manifest.vision["spec"] != encoder.spec():
+        raise PipelineError("was trained for another projector or encoder", where=str(start), remedy="dvc repro pretrain", code=ARTEFACT)
+    return model
+
+
+def _sources(features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Dataset], ...]) -> list[FeatureSource]:
+    if features == "live":
+        return [LiveFeatures(encoder, ImageRoot(dataset.images), table) for table, dataset in tables]
+    store = FeatureStore(FEATURES)
+    store.check_encoder(encoder.spec())
+    return [StoredFeatures(store, table) for table, _ in tables]
+
+
+def _save(
+    params: StageParams, model: VisionLanguageModel, encoder: Encoder, builder: PromptBuilder, train_: str, start: Path | None, folder: Path
+) -> None:
+    vision, llm = params.vision, params.llm
+    hidden = model.language_model.get_input_embeddings().embedding_dim
+    manifest = Manifest(
+        vision={"model": vision.model, "revision": vision.revision, "layer": vision.layer, "precision": vision.precision, "spec": encoder.spec()},
+        llm={"model": llm.model, "revision": llm.revision, "image_token": llm.image_token},
+        projector={"kind": params.projector.kind, "width": encoder.width, "hidden": hidden},
+        own_llm=train_ != "projector" or (start is not None and checkpoint.read_manifest(start).own_llm),
+    )
+    checkpoint.save(folder, model, manifest, builder)
+
+
+def _measure(
+    params: StageParams,
+    training: Training,
+    model: VisionLanguageModel,
+    table: TokenTable,
+    source: FeatureSource,
+    accelerator: Accelerator,
+    builder: PromptBuilder,
+) -> dict[str, Any]:
+    """Held-out loss and accuracy, each with its blind control."""
+    figures: dict[str, Any] = {"questions": len(table)}
+    for suffix, shown in (("", source), ("_blind", NoFeatures(source))):
+        loss = heldout_loss(model, table, shown, accelerator, image_id=builder.image_id, micro_tokens=training.micro_tokens)
+        score, _ = answer_accuracy(
+            model,
+            table,
+            shown,
+            accelerator,
+            builder,
+            max_new_tokens=params.evaluate.max_new_tokens,
+            batch_size=params.runtime.eval_batch,
+            blind=bool(suffix),
+            name=f"answers{suffix.replace('_', ', ')}",
+        )
+        figures |= {f"loss{suffix}": round(loss, 6), f"accuracy{suffix}": round(score.accuracy, 6)}
+    return figures
+
+
+def _write_history(path: Path, history: list[dict[str, float]]) -> None:
+    with publish(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)

@@ -1,0 +1,176 @@
+"""The frozen vision encoder: image bytes -> pixels -> patch features, the same way in every stage.
+
+Reads any CLIP or SigLIP checkpoint in Transformers' format. Image count I, patches P, vision width Dv come from it.
+A feature row's bits must not depend on who shares its batch, so the encoder always sees full batches of one size.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+
+from pipeline.errors import ARTEFACT, NUMERIC, PipelineError, brief
+from pipeline.hardware import autocast, pick_precision
+from pipeline.images import DECODER, decode
+
+TOWERS: dict[str, type[PreTrainedModel]] = {
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+}
+FEATURES = 1  # part of every fingerprint: raise it when this file computes other numbers
+
+
+class Preprocessor:
+    """Image bytes -> uint8 pixels [3, S, S] for the encoder; normalisation is left to the device.
+
+    Pillow does the resizing on every machine: Transformers' other backend gives slightly different pixels.
+    """
+
+    def __init__(self, model: str, revision: str = "") -> None:
+        try:
+            self._processor = AutoImageProcessor.from_pretrained(
+                model, revision=revision or "main", backend="pil", trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise _unloadable(model, error) from None
+        self.rescale = float(self._processor.rescale_factor)
+        self.mean = [float(value) for value in self._processor.image_mean]
+        self.std = [float(value) for value in self._processor.image_std]
+
+    def __call__(self, data: bytes, *, where: str) -> np.ndarray:
+        picture = decode(data, where=where)
+        pixels = self._processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        return np.ascontiguousarray(pixels, dtype=np.uint8)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides a pixel: part of the features' fingerprint."""
+        keep = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "do_normalize", "do_pad")
+        settings = {key: value for key, value in self._processor.to_dict().items() if key in keep and value is not None}
+        return {**settings, "rescale": self.rescale, "mean": self.mean, "std": self.std, "decoder": DECODER}
+
+
+class Encoder(nn.Module):
+    """A frozen vision tower: pixels uint8 [I, 3, S, S] -> patch features float16 [I, P, Dv], the CLS token dropped.
+
+    Args:
+        model, revision: a folder or a hub id in Transformers' format (CLIP or SigLIP family).
+        layer: index into the hidden states; -1 is the tower's last hidden state.
+        precision: auto, float32, bfloat16 or float16 (autocast over float32 weights).
+        batch: images per call of the tower; smaller batches are filled up.
+
+    Raises `PipelineError` for another model family, missing weights or an impossible layer.
+    """
+
+    def __init__(
+        self, model: str, *, revision: str = "", layer: int = -1, precision: str = "auto", device: torch.device, batch: int = 64
+    ) -> None:
+        super().__init__()
+        self.name, self.revision, self.layer, self.batch, self.device = model, revision, layer, batch, device
+        self.precision = pick_precision(precision, device)
+        self.preprocess = Preprocessor(model, revision)
+        self.tower = _load_tower(model, revision).requires_grad_(False).eval().to(device)
+        config = self.tower.config
+        self.tokens, self.width = (config.image_size // config.patch_size) ** 2, config.hidden_size
+        if not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
+            raise PipelineError(f"vision.layer is {layer}; {model} has {config.num_hidden_layers} layers", remedy="set vision.layer")
+        self.register_buffer("mean", torch.tensor(self.preprocess.mean, device=device).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.preprocess.std, device=device).view(3, 1, 1), persistent=False)
+
+    @torch.inference_mode()
+    def encode(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+        """uint8 [I, 3, S, S] -> float16 [I, P, Dv] on the CPU; `names` say whose row a non-finite value is in."""
+        rows = [self._encode_batch(pixels[start : start + self.batch]) for start in range(0, len(pixels), self.batch)]
+        features = torch.cat(rows)
+        finite = torch.isfinite(features).flatten(1).all(1)
+        if not finite.all():
+            bad = names[int(torch.argmin(finite.int()))]
+            raise PipelineError(
+                "features are not finite in float16", where=bad, remedy="set vision.precision: float32", code=NUMERIC
+            )
+        return features
+
+    def _encode_batch(self, pixels: torch.Tensor) -> torch.Tensor:
+        count = len(pixels)
+        if count < self.batch:
+            pixels = torch.cat([pixels, pixels.new_zeros(self.batch - count, *pixels.shape[1:])])
+        values = (pixels.to(self.device).float() * self.preprocess.rescale - self.mean) / self.std
+        with autocast(self.precision, self.device):
+            output = self.tower(values, output_hidden_states=self.layer != -1)
+        hidden = output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
+        return hidden[:count, hidden.shape[1] - self.tokens :].to(torch.float16).cpu()  # [n, P, Dv]
+
+    def encode_files(self, files: Sequence[bytes], names: Sequence[str]) -> torch.Tensor:
+        """Image files -> patch features float16 [I, P, Dv]: decode, resize, encode."""
+        if not files:
+            return torch.empty(0, self.tokens, self.width, dtype=torch.float16)
+        pixels = np.stack([self.preprocess(data, where=name) for data, name in zip(files, names, strict=True)])
+        return self.encode(torch.from_numpy(pixels), names)
+
+    def spec(self) -> dict[str, Any]:
+        """Everything that decides a feature's value; its hash names the cached features."""
+        return {
+            "features": FEATURES,
+            "weights": _weights_digest(self.tower),
+            "config": _plain_config(self.tower.config),
+            "preprocess": self.preprocess.describe(),
+            "layer": self.layer,
+            "precision": self.precision,
+            "tokens": self.tokens,
+            "width": self.width,
+        }
+
+
+def _load_tower(model: str, revision: str) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
+        family = TOWERS.get(config.model_type)
+        if family is None:
+            known = ", ".join(sorted(TOWERS))
+            raise PipelineError(f"{model} is a {config.model_type} model, expected one of {known}", remedy="set vision.model")
+        tower, info = family.from_pretrained(
+            model,
+            revision=revision or "main",
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise _unloadable(model, error) from None
+    if info["missing_keys"]:
+        raise PipelineError(f"{model} lacks weights: {sorted(info['missing_keys'])[0]} and others", code=ARTEFACT)
+    return tower
+
+
+def _unloadable(model: str, error: Exception) -> PipelineError:
+    return PipelineError(
+        f"cannot load {model}: {brief(error)}",
+        where="vision.model",
+        remedy="give a Transformers folder, or a hub id reachable from here",
+        code=ARTEFACT,
+    )
+
+
+def _weights_digest(module: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().data)
+    return found.hexdigest()
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    """The numbers that shape the computation, without names and versions."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    return {**{key: getattr(config, key) for key in keys}, "act": config.hidden_act, "eps": config.layer_norm_eps}
+
+
+def fingerprint(spec: dict[str, Any]) -> str:
+    """Hash of canonical JSON, 16 hex digits: the name of a set of features."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,50 @@
+"""Stage 1: the frozen vision encoder over every image, once.
+
+Reads the images that the pretraining and held-out records name; writes data/features (HDF5 shards, a row an image) and
+data/features_meta.json (P and Dv: all that tokenize needs to know).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.extraction import distinct_images, extract
+from pipeline.files import main_checkout, write_json
+from pipeline.hardware import pick_device
+from pipeline.images import ImageRoot
+from pipeline.params import StageParams
+from pipeline.records import read_records
+from pipeline.stage import run_stage
+from pipeline.vision import Encoder
+
+
+def main(params: StageParams) -> dict[str, Any]:
+    vision, runtime = params.vision, params.runtime
+    sources = []
+    for dataset in (params.data.pretrain, params.data.heldout):
+        records = read_records(dataset.records, limit=params.data.limit)
+        sources.append((ImageRoot(dataset.images), (name for record in records for name in record.images)))
+    files, hashes = distinct_images(sources)
+    encoder = Encoder(
+        vision.model,
+        revision=vision.revision,
+        layer=vision.layer,
+        precision=vision.precision,
+        device=pick_device(runtime.device),
+        batch=runtime.extract_batch,
+    )
+    done = extract(
+        files,
+        hashes,
+        encoder,
+        store=main_checkout() / ".dvc" / "features",
+        out=Path("data/features"),
+        shard_rows=vision.shard_rows,
+        workers=runtime.workers,
+    )
+    write_json(Path("data/features_meta.json"), {"tokens": encoder.tokens, "width": encoder.width})
+    rate = round(done.encoded / done.seconds, 1) if done.encoded else 0.0
+    return {"images": done.images, "encoded": done.encoded, "cache_mb": round(done.bytes / 1e6, 1), "images_per_second": rate}
+
+
+if __name__ == "__main__":
+    run_stage("extract", main)

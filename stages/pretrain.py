@@ -1,0 +1,18 @@
+"""Stage 3: align the projector with the frozen language model, on cached features.
+
+Reads data/features and data/tokens; writes models/pretrain, results/pretrain/history.csv and metrics/pretrain.json.
+"""
+
+from typing import Any
+
+from pipeline.params import StageParams
+from pipeline.stage import run_stage
+from pipeline.train_stage import train_stage
+
+
+def main(params: StageParams) -> dict[str, Any]:
+    return train_stage(params, params.pretrain, dataset=params.data.pretrain, name="pretrain", start=None)
+
+
+if __name__ == "__main__":
+    run_stage("pretrain", main)

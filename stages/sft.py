@@ -1,0 +1,19 @@
+"""Stage 4: instruction tuning of the language model and the projector, with the live frozen encoder.
+
+Reads the images, data/tokens and models/pretrain; writes models/sft, results/sft/history.csv and metrics/sft.json.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.params import StageParams
+from pipeline.stage import run_stage
+from pipeline.train_stage import train_stage
+
+
+def main(params: StageParams) -> dict[str, Any]:
+    return train_stage(params, params.sft, dataset=params.data.sft, name="sft", start=Path("models/pretrain"))
+
+
+if __name__ == "__main__":
+    run_stage("sft", main)
