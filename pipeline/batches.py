@@ -5,7 +5,7 @@ batches it would have seen. A step is a fixed number of rows drawn at random; ne
 that little is padding; a step is cut into micro-batches by tokens, padding included.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -63,12 +63,12 @@ class Batch:
     slot_start: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        moved = [tensor.to(device, non_blocking=True) for tensor in (self.ids, self.keep, self.labels)]
-        return Batch(*moved, self.slots, self.slot_row.to(device), self.slot_start.to(device))
+        names = ("ids", "keep", "labels", "slot_row", "slot_start")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def collate(table: TokenTable, rows: np.ndarray, *, image_id: int, tokens: int) -> Batch:
-    """Rows of a token table -> one padded batch; raises `PipelineError` naming a row whose image runs do not hold P placeholders."""
+    """Rows of a token table -> one padded batch; raises `PipelineError` naming a row whose images lack P placeholders."""
     found = [table.row(int(row)) for row in rows]
     width = max(len(row.ids) for row in found)
     ids = np.zeros((len(found), width), np.int64)

@@ -1,8 +1,8 @@
 """A trained model on disk: a folder without the vision tower, which `pipeline.chat` and the next stage can open.
 
-    projector.safetensors   always
-    glance.json             encoder (name, revision, layer, fingerprint), language model, projector kind, text settings
-    config.json, model.safetensors, tokenizer files...   only when the language model has trained, as Transformers writes them
+projector.safetensors   always
+glance.json             encoder (name, revision, layer, fingerprint), language model, projector kind, text settings
+config.json, model.safetensors, tokenizer files...   only when the language model has trained, as Transformers writes them
 """
 
 import json

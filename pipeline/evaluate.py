@@ -3,14 +3,16 @@ by a blind control (the same questions, image features zeroed).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from pipeline.batches import collate, split_by_tokens
-from pipeline.model import VisionLanguageModel, splice
+from pipeline.batches import Batch, collate, split_by_tokens
+from pipeline.generation import generate
+from pipeline.model import VisionLanguageModel
 from pipeline.sources import FeatureSource
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
@@ -31,13 +33,19 @@ class Score:
 
 @torch.inference_mode()
 def heldout_loss(
-    model: VisionLanguageModel, table: TokenTable, source: FeatureSource, accelerator: Accelerator, *, image_id: int, micro_tokens: int
+    model: VisionLanguageModel,
+    table: TokenTable,
+    source: FeatureSource,
+    accelerator: Accelerator,
+    *,
+    image_id: int,
+    micro_tokens: int,
 ) -> float:
     """Mean cross-entropy a supervised token over all rows."""
     model.eval()
     parts = split_by_tokens(np.arange(len(table)), table.lengths, micro_tokens)
 
-    def load(rows: np.ndarray):
+    def load(rows: np.ndarray) -> tuple[Batch, Any]:
         batch = collate(table, rows, image_id=image_id, tokens=source.tokens)
         return batch, source.load(batch.slots)
 
@@ -70,65 +78,39 @@ def answer_accuracy(
     """
     model.eval()
     rows = [table.row(number) for number in range(len(table))]
-    hashes = table.image_hashes()
-    prompts: dict[tuple[bytes, bytes], list[int]] = {}
-    for number, row in enumerate(rows):
-        prompt = row.ids[: row.spans[-1][0]].tobytes()
-        shown = b"" if blind else hashes[row.slots.start : row.slots.stop].tobytes()
-        prompts.setdefault((prompt, shown), []).append(number)
-    firsts = sorted((same[0] for same in prompts.values()), key=lambda number: -rows[number].spans[-1][0])
+    asked = [row.ids[: row.spans[-1][0]] for row in rows]
+    same = _same_prompts(asked, [row.slots for row in rows], None if blind else table.image_hashes())
+    same.sort(key=lambda group: -len(asked[group[0]]))  # like lengths together: little padding
+    parts = [same[start : start + batch_size] for start in range(0, len(same), batch_size)]
     answers = [""] * len(rows)
-    groups = list(prompts.values())
-    same_as = {group[0]: group for group in groups}
-    parts = [firsts[start : start + batch_size] for start in range(0, len(firsts), batch_size)]
 
-    def load(part: list[int]):
-        return source.load(np.concatenate([np.arange(rows[n].slots.start, rows[n].slots.stop) for n in part]).astype(np.int64))
+    def load(part: list[list[int]]) -> Any:
+        return source.load(np.concatenate([np.array(rows[group[0]].slots, np.int64) for group in part]))
 
     for part, loaded in tqdm(run_ahead(parts, load), total=len(parts), desc=name, unit="batch", mininterval=0.5):
-        features = source.features(loaded).to(accelerator.device)
-        texts = generate(model, [rows[n].ids[: rows[n].spans[-1][0]] for n in part], [rows[n].image_start for n in part], features,
-                         accelerator, builder, max_new_tokens=max_new_tokens)
-        for number, text in zip(part, texts, strict=True):
-            for row in same_as[number]:
-                answers[row] = text
+        firsts = [group[0] for group in part]
+        with accelerator.autocast():
+            produced = generate(
+                model,
+                builder,
+                [asked[n] for n in firsts],
+                [rows[n].image_start for n in firsts],
+                source.features(loaded),
+                max_new_tokens=max_new_tokens,
+                device=accelerator.device,
+            )
+        for group, ids in zip(part, produced, strict=True):
+            text = builder.decode(ids)
+            for number in group:
+                answers[number] = text
     expected = [builder.decode(row.ids[row.spans[-1][0] : row.spans[-1][1]]) for row in rows]
     return Score(sum(a.strip() == e.strip() for a, e in zip(answers, expected, strict=True)), len(rows)), answers
 
 
-def generate(
-    model: VisionLanguageModel,
-    prompts: list[np.ndarray],
-    image_starts: list[np.ndarray],
-    features: torch.Tensor,
-    accelerator: Accelerator,
-    builder: PromptBuilder,
-    *,
-    max_new_tokens: int,
-    **options: object,
-) -> list[str]:
-    """Answers to prompts (ids [T] each, left-padded together) whose images' features [S, P, Dv] follow in order."""
-    width = max(len(ids) for ids in prompts)
-    padded = np.zeros((len(prompts), width), np.int64)
-    mask = np.zeros((len(prompts), width), np.int64)
-    for i, ids in enumerate(prompts):
-        padded[i, width - len(ids) :] = ids
-        mask[i, width - len(ids) :] = 1
-    device = accelerator.device
-    row = np.repeat(np.arange(len(prompts)), [len(starts) for starts in image_starts])
-    start = np.concatenate([starts + width - len(ids) for ids, starts in zip(prompts, image_starts, strict=True)]).astype(np.int64)
-    attention_mask = torch.from_numpy(mask).to(device)
-    with accelerator.autocast():
-        embeddings = model.language_model.get_input_embeddings()(torch.from_numpy(padded).to(device))
-        projected = model.projector(features.to(device, model.projector[0].weight.dtype))
-        embeddings = splice(embeddings, projected, torch.from_numpy(row).to(device), torch.from_numpy(start).to(device))
-        produced = model.language_model.generate(
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=builder.end_id,
-            pad_token_id=builder.end_id,
-            suppress_tokens=[builder.image_id],
-            **({"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | options),
-        )
-    return [builder.decode(ids) for ids in produced.cpu().numpy()]
+def _same_prompts(asked: list[np.ndarray], slots: list[range], hashes: np.ndarray | None) -> list[list[int]]:
+    """Row numbers grouped by equal prompt and equal images (`hashes` None: images do not tell rows apart)."""
+    groups: dict[tuple[bytes, bytes], list[int]] = {}
+    for number, (ids, shown) in enumerate(zip(asked, slots, strict=True)):
+        images = b"" if hashes is None else hashes[shown.start : shown.stop].tobytes()
+        groups.setdefault((ids.tobytes(), images), []).append(number)
+    return list(groups.values())

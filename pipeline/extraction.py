@@ -67,19 +67,19 @@ class _Pixels(Dataset):
 
 
 def _stack(items: list[np.ndarray | PipelineError]) -> torch.Tensor | PipelineError:
-    for item in items:
-        if isinstance(item, PipelineError):
-            return item
-    return torch.from_numpy(np.stack(items))
+    bad = next((item for item in items if isinstance(item, PipelineError)), None)
+    return bad or torch.from_numpy(np.stack([item for item in items if isinstance(item, np.ndarray)]))
 
 
 class _Known:
     """Rows that earlier runs stored under this fingerprint, by image hash."""
 
-    def __init__(self, folder: Path) -> None:
-        self._shards = [Shard(path) for path in sorted(folder.glob("*.h5"))]
+    def __init__(self, folder: Path | None) -> None:
+        self._shards = [Shard(path) for path in sorted(folder.glob("*.h5"))] if folder else []
         self._rows = {
-            digest_.tobytes(): (number, row) for number, shard in enumerate(self._shards) for row, digest_ in enumerate(shard.hashes)
+            digest_.tobytes(): (number, row)
+            for number, shard in enumerate(self._shards)
+            for row, digest_ in enumerate(shard.hashes)
         }
 
     def __contains__(self, key: bytes) -> bool:
@@ -103,7 +103,7 @@ def extract(
     parts = [slice(start, start + shard_rows) for start in range(0, len(files), shard_rows)]
     names = [shard_name(fingerprint(spec), hashes[part]) for part in parts]
     todo = [number for number, name in enumerate(names) if not (folder / name).exists()]
-    known = _Known(folder) if todo else None
+    known = _Known(folder if todo else None)
     wanted = [i for number in todo for i in range(len(files))[parts[number]] if hashes[i].tobytes() not in known]
     _announce(len(files), len(wanted), sum(len(hashes[parts[number]]) for number in todo), spec, folder)
     started = time.perf_counter()
@@ -135,7 +135,10 @@ def _announce(images: int, encode: int, write: int, spec: dict, folder: Path) ->
     need = write * (row + 40)
     if need > free:
         raise PipelineError(
-            f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB free", where=str(folder), remedy="free space or set data.limit", code=RESOURCE
+            f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB free",
+            where=str(folder),
+            remedy="free space or set data.limit",
+            code=RESOURCE,
         )
 
 

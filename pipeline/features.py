@@ -38,7 +38,10 @@ class FeatureStore:
         for shard, (name, rows) in zip(self.shards, listed, strict=True):
             if len(shard) != rows or shard.spec != self.spec:
                 raise PipelineError(
-                    f"{name} is not the shard that {INDEX} lists", where=str(self.folder), remedy="dvc repro -f extract", code=ARTEFACT
+                    f"{name} is not the shard that {INDEX} lists",
+                    where=str(self.folder),
+                    remedy="dvc repro -f extract",
+                    code=ARTEFACT,
                 )
         self.tokens, self.width = int(self.spec["tokens"]), int(self.spec["width"])
         self._starts = np.cumsum([0, *(len(shard) for shard in self.shards)])

@@ -3,6 +3,8 @@
 Shapes: B rows, T tokens, S images in the batch, P patches, Dv vision width, D hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -45,16 +47,23 @@ def splice(embeddings: torch.Tensor, features: torch.Tensor, row: torch.Tensor, 
 class VisionLanguageModel(nn.Module):
     """A projector and a language model; patch features come from outside, so no vision tower is in here."""
 
-    def __init__(self, projector: nn.Module, language_model: PreTrainedModel) -> None:
+    projector: nn.Sequential
+    language_model: PreTrainedModel
+
+    def __init__(self, projector: nn.Sequential, language_model: PreTrainedModel) -> None:
         super().__init__()
         self.projector, self.language_model = projector, language_model
         self.router_trains = False
 
-    def embed(self, batch: Batch, features: torch.Tensor) -> torch.Tensor:
-        """Input embeddings [B, T, D]: the tokens' own, with features [S, P, Dv] projected and spliced in."""
-        embeddings = self.language_model.get_input_embeddings()(batch.ids)
-        projected = self.projector(features.to(self.projector[0].weight.dtype))
-        return splice(embeddings, projected, batch.slot_row, batch.slot_start)
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the language model's token embeddings."""
+        return hidden_size(self.language_model)
+
+    def embed(self, ids: torch.Tensor, features: torch.Tensor, row: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Input embeddings [B, T, D] of ids [B, T], with features [S, P, Dv] projected and spliced in (see `splice`)."""
+        projected = self.projector(features.to(next(self.projector.parameters()).dtype))
+        return splice(self.language_model.get_input_embeddings()(ids), projected, row, start)
 
     def forward(self, batch: Batch, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the cross-entropy over supervised tokens, and a mixture's router loss (0 where none trains).
@@ -64,7 +73,10 @@ class VisionLanguageModel(nn.Module):
         """
         extra = {"output_router_logits": True} if self.router_trains else {}
         output = self.language_model(
-            inputs_embeds=self.embed(batch, features), logits_to_keep=batch.keep, use_cache=False, **extra
+            inputs_embeds=self.embed(batch.ids, features, batch.slot_row, batch.slot_start),
+            logits_to_keep=batch.keep,
+            use_cache=False,
+            **extra,
         )
         logits = output.logits.reshape(-1, output.logits.shape[-1])
         loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
@@ -72,10 +84,16 @@ class VisionLanguageModel(nn.Module):
         return loss, loss.new_zeros(()) if router is None else router * self.language_model.config.router_aux_loss_coef
 
 
+def hidden_size(language_model: PreTrainedModel) -> int:
+    """D: read off the embedding table, since configs of different families name it differently."""
+    table: Any = language_model.get_input_embeddings().weight
+    return int(table.shape[1])
+
+
 def load_language_model(model: str, *, revision: str = "", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Any Transformers causal LM, strictly: a missing weight is an error, never a random one."""
     try:
-        language_model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model,
             revision=revision or "main",
             dtype=dtype,
@@ -86,9 +104,12 @@ def load_language_model(model: str, *, revision: str = "", dtype: torch.dtype = 
     except (OSError, ValueError, KeyError) as error:
         remedy = "give a Transformers folder, or a hub id reachable from here"
         raise PipelineError(f"cannot load {model}: {brief(error)}", where="llm.model", remedy=remedy, code=ARTEFACT) from None
+    language_model, info = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
-            raise PipelineError(f"{model}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}", where="llm.model", code=ARTEFACT)
+            raise PipelineError(
+                f"{model}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}", where="llm.model", code=ARTEFACT
+            )
     return language_model
 
 

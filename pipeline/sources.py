@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pipeline.errors import ARTEFACT, PipelineError
 from pipeline.features import FeatureStore
 from pipeline.images import ImageRoot, digest
-from pipeline.errors import ARTEFACT, PipelineError
 from pipeline.tokens import TokenTable
 from pipeline.vision import Encoder
 

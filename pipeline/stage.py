@@ -22,7 +22,7 @@ def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
 
     def whole() -> None:
         _die_with_parent()
-        _be_quiet()
+        be_quiet()
         params = load_for_stage(name)
         _require_listed_models(name, params)
         began = time.perf_counter()
@@ -47,7 +47,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """Libraries report through our progress lines and errors only."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging as transformers_logging

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
@@ -53,7 +54,9 @@ class PromptBuilder:
         self.model, self.tokens = model, tokens
         vocabulary = self.tokenizer.get_vocab()
         if image_token not in vocabulary:
-            raise PipelineError(f"{image_token!r} is not a token of {model}", where="llm.image_token", remedy=_reserved(self.tokenizer))
+            raise PipelineError(
+                f"{image_token!r} is not a token of {model}", where="llm.image_token", remedy=_reserved(self.tokenizer)
+            )
         self.image_token, self.image_id = image_token, vocabulary[image_token]
         self.control = _control_tokens(self.tokenizer, image_token)
         self._control_ids = np.array(sorted(self.control.values()), dtype=np.int64)
@@ -70,18 +73,22 @@ class PromptBuilder:
         for mark in marks:
             before, found, text = text.partition(mark)
             if not found:
-                raise PipelineError(f"its chat template drops or reorders turns ({', '.join(roles)})", where=self.model, code=ARTEFACT)
+                raise PipelineError(
+                    f"its chat template drops or reorders turns ({', '.join(roles)})", where=self.model, code=ARTEFACT
+                )
             pieces.append(before)
         return tuple(tuple(self.tokenizer.encode(piece, add_special_tokens=False)) for piece in [*pieces, text])
 
     def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
         try:  # enable_thinking: answers are short, so templates with a think block leave it empty
-            return self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
                 messages, tokenize=False, add_generation_prompt=generate, enable_thinking=False
             )
         except (TemplateError, ValueError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise PipelineError(f"its chat template refuses turns {roles}: {brief(error)}", where=self.model, code=BAD_ROWS) from None
+            raise PipelineError(
+                f"its chat template refuses turns {roles}: {brief(error)}", where=self.model, code=BAD_ROWS
+            ) from None
 
     def _check(self) -> None:
         """The assembled ids must be the template's own, and training must see the prefix that generation will."""
@@ -93,7 +100,10 @@ class PromptBuilder:
         if built != expected:
             at = next((i for i, (a, b) in enumerate(zip(built, expected, strict=False)) if a != b), min(len(built), len(expected)))
             raise PipelineError(
-                f"its chat template cannot be taken apart: ids differ at {at}", where=self.model, remedy="choose another llm.model", code=ARTEFACT
+                f"its chat template cannot be taken apart: ids differ at {at}",
+                where=self.model,
+                remedy="choose another llm.model",
+                code=ARTEFACT,
             )
         prompt, trained = self.build_question(turns[:3]), self.build(turns)
         if prompt.ids.tolist() != trained.ids[: trained.spans[-1][0]].tolist():
@@ -105,14 +115,19 @@ class PromptBuilder:
         flat = np.fromiter((token for ids in encoded for token in ids), dtype=np.int64)
         if np.isin(flat, self._control_ids).any():
             bad = next(text for text, ids in zip(texts, encoded, strict=True) if np.isin(ids, self._control_ids).any())
-            raise PipelineError(f"the text {brief(ValueError(bad), limit=60)!r} yields a control token", where=self.model, code=BAD_ROWS)
+            raise PipelineError(
+                f"the text {brief(ValueError(bad), limit=60)!r} yields a control token", where=self.model, code=BAD_ROWS
+            )
         return encoded
 
     def build_batch(self, conversations: Sequence[Sequence[Turn]]) -> list[Prompt]:
         """Prompts for training; the tokenizer sees all texts of the batch at once."""
         texts = [part for turns in conversations for turn in turns for part in turn.parts if isinstance(part, str)]
         encoded = iter(self.encode(texts))
-        return [self._assemble(turns, [[next(encoded) if isinstance(p, str) else p for p in t.parts] for t in turns]) for turns in conversations]
+        return [
+            self._assemble(turns, [[next(encoded) if isinstance(p, str) else p for p in t.parts] for t in turns])
+            for turns in conversations
+        ]
 
     def build(self, turns: Sequence[Turn], *, trim: bool = True) -> Prompt:
         """One prompt that ends with the assistant's last end-of-turn token (`trim`), or with the template's tail."""
@@ -154,10 +169,15 @@ class PromptBuilder:
                 return count
         raise PipelineError("its chat template ends no turn with a control token", where=self.model, code=ARTEFACT)
 
+    @property
+    def suppressed(self) -> list[int] | None:
+        """Ids that generation must not produce: the image token, unless it is a word of the language too."""
+        return [self.image_id] if self.image_id in self.control.values() else None
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids -> text, control tokens left out."""
         kept = [int(token) for token in ids if int(token) not in self.control.values()]
-        return self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def spec(self) -> dict[str, object]:
         """Everything that decides the ids; kept in every token table and checkpoint."""
@@ -168,14 +188,20 @@ class PromptBuilder:
 
 def _load_tokenizer(model: str, revision: str) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         remedy = "give a Transformers folder, or a hub id reachable from here"
-        raise PipelineError(f"cannot load the tokenizer of {model}: {brief(error)}", where="llm.model", remedy=remedy, code=ARTEFACT) from None
+        raise PipelineError(
+            f"cannot load the tokenizer of {model}: {brief(error)}", where="llm.model", remedy=remedy, code=ARTEFACT
+        ) from None
     if not tokenizer.is_fast:
-        raise PipelineError(f"{model} has no tokenizer.json", where="llm.model", remedy="choose a model with a fast tokenizer", code=ARTEFACT)
+        raise PipelineError(
+            f"{model} has no tokenizer.json", where="llm.model", remedy="choose a model with a fast tokenizer", code=ARTEFACT
+        )
     if not tokenizer.chat_template:
-        raise PipelineError(f"{model} has no chat template", where="llm.model", remedy="choose an instruct or chat model", code=ARTEFACT)
+        raise PipelineError(
+            f"{model} has no chat template", where="llm.model", remedy="choose an instruct or chat model", code=ARTEFACT
+        )
     return tokenizer
 
 
@@ -185,8 +211,14 @@ def _control_tokens(tokenizer: PreTrainedTokenizerFast, image_token: str) -> dic
     return {
         token.content: number
         for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special or token.content in template or token.content == image_token
+        if token.special or token.content in (image_token, *_tokens_in(template, tokenizer))
     }
+
+
+def _tokens_in(template: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return [
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip() and token.content in template
+    ]
 
 
 def _content_tokenizer(tokenizer: PreTrainedTokenizerFast, control: set[str]) -> Tokenizer:

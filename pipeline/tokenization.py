@@ -118,7 +118,9 @@ def tokenize(
         total.refused += found.refused
         if found.refused and settings[-1] == "stop":
             rows = "; ".join(f"{row['where']} ({row['reason']})" for row in found.refused[:10])
-            raise PipelineError(f"rows too long: {rows}", remedy="raise tokenize.max_tokens or set tokenize.too_long", code=BAD_ROWS)
+            raise PipelineError(
+                f"rows too long: {rows}", remedy="raise tokenize.max_tokens or set tokenize.too_long", code=BAD_ROWS
+            )
         progress(found.rows_in)
         if batch.num_rows:
             yield batch

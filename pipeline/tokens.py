@@ -103,7 +103,9 @@ class TokenTable:
         supervised = self._concatenate(found)
         if len(supervised) and supervised.min() < 1:
             row = int(np.argmin(supervised))
-            raise PipelineError(f"row {row} has no supervised token", where=str(self.path), remedy="dvc repro -f tokenize", code=ARTEFACT)
+            raise PipelineError(
+                f"row {row} has no supervised token", where=str(self.path), remedy="dvc repro -f tokenize", code=ARTEFACT
+            )
         return supervised
 
     def row(self, number: int) -> Row:
@@ -121,7 +123,9 @@ class TokenTable:
     def image_hashes(self) -> np.ndarray:
         """uint8 [slots, 32]: which image stands in each slot."""
         parts = [batch.column("image_sha256").flatten() for batch in self._batches]
-        data = b"".join(part.buffers()[1][part.offset * 32 : (part.offset + len(part)) * 32].to_pybytes() for part in parts if len(part))
+        data = b"".join(
+            part.buffers()[1][part.offset * 32 : (part.offset + len(part)) * 32].to_pybytes() for part in parts if len(part)
+        )
         return np.frombuffer(data, np.uint8).reshape(-1, 32)
 
     def image_names(self) -> pa.ChunkedArray:

@@ -20,7 +20,7 @@ from pipeline.features import FeatureStore
 from pipeline.files import publish
 from pipeline.hardware import pick_device, pick_precision
 from pipeline.images import ImageRoot
-from pipeline.model import VisionLanguageModel, build_projector, freeze, load_language_model
+from pipeline.model import VisionLanguageModel, build_projector, freeze, hidden_size, load_language_model
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
 from pipeline.text import PromptBuilder
@@ -42,8 +42,11 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     builder = _builder(params, encoder, table, heldout)
     model = _model(params, training, encoder, precision, start)
     counts = freeze(model, training.train)
-    print(f"{name}: {counts['projector']:,} projector and {counts['language_model']:,} language-model parameters train, "
-          f"{counts['frozen']:,} are frozen; {len(table):,} rows, features {training.features}, {precision} on {device}", flush=True)
+    print(
+        f"{name}: {counts['projector']:,} projector and {counts['language_model']:,} language-model parameters train, "
+        f"{counts['frozen']:,} are frozen; {len(table):,} rows, features {training.features}, {precision} on {device}",
+        flush=True,
+    )
     source, heldout_source = _sources(training.features, encoder, ((table, dataset), (heldout, params.data.heldout)))
     schedule = Schedule(**{key: getattr(training, key) for key in Schedule.__dataclass_fields__})
     model.to(accelerator.device)
@@ -74,7 +77,10 @@ def _builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> Prom
     for table in tables:
         if table.spec != builder.spec():
             raise PipelineError(
-                f"was made for another tokenizer, template or encoder than {llm.model}", where=str(table.path), remedy="dvc repro tokenize", code=ARTEFACT
+                f"was made for another tokenizer, template or encoder than {llm.model}",
+                where=str(table.path),
+                remedy="dvc repro tokenize",
+                code=ARTEFACT,
             )
     return builder
 
@@ -86,11 +92,13 @@ def _model(params: StageParams, training: Training, encoder: Encoder, precision:
     kind = params.projector.kind
     if start is None:
         language_model = load_language_model(params.llm.model, revision=params.llm.revision, dtype=dtype)
-        projector = build_projector(kind, encoder.width, language_model.get_input_embeddings().embedding_dim)
+        projector = build_projector(kind, encoder.width, hidden_size(language_model))
         return VisionLanguageModel(projector, language_model)
     model, manifest = checkpoint.load(start, dtype=dtype)
     if manifest.projector["kind"] != kind or manifest.vision["spec"] != encoder.spec():
-        raise PipelineError("was trained for another projector or encoder", where=str(start), remedy="dvc repro pretrain", code=ARTEFACT)
+        raise PipelineError(
+            "was trained for another projector or encoder", where=str(start), remedy="dvc repro pretrain", code=ARTEFACT
+        )
     return model
 
 
@@ -103,14 +111,25 @@ def _sources(features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Da
 
 
 def _save(
-    params: StageParams, model: VisionLanguageModel, encoder: Encoder, builder: PromptBuilder, train_: str, start: Path | None, folder: Path
+    params: StageParams,
+    model: VisionLanguageModel,
+    encoder: Encoder,
+    builder: PromptBuilder,
+    train_: str,
+    start: Path | None,
+    folder: Path,
 ) -> None:
     vision, llm = params.vision, params.llm
-    hidden = model.language_model.get_input_embeddings().embedding_dim
     manifest = Manifest(
-        vision={"model": vision.model, "revision": vision.revision, "layer": vision.layer, "precision": vision.precision, "spec": encoder.spec()},
+        vision={
+            "model": vision.model,
+            "revision": vision.revision,
+            "layer": vision.layer,
+            "precision": vision.precision,
+            "spec": encoder.spec(),
+        },
         llm={"model": llm.model, "revision": llm.revision, "image_token": llm.image_token},
-        projector={"kind": params.projector.kind, "width": encoder.width, "hidden": hidden},
+        projector={"kind": params.projector.kind, "width": encoder.width, "hidden": model.hidden_size},
         own_llm=train_ != "projector" or (start is not None and checkpoint.read_manifest(start).own_llm),
     )
     checkpoint.save(folder, model, manifest, builder)

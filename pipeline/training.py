@@ -24,7 +24,9 @@ from pipeline.model import VisionLanguageModel
 from pipeline.sources import FeatureSource
 from pipeline.tokens import TokenTable
 
-Job, Made, T = TypeVar("Job"), TypeVar("Made"), TypeVar("T")
+Job = TypeVar("Job")
+Made = TypeVar("Made")
+T = TypeVar("T")
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -133,8 +135,16 @@ def train(
             if not work.last:
                 continue
             norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], schedule.clip_norm)
-            _require_finite(total, norm, len(history), schedule, table.where(int(work.rows[0])), scaled=accelerator.scaler is not None)
-            row = {"step": len(history), "epoch": epoch, "loss": float(total), "lr": scheduler.get_last_lr()[0], "grad_norm": float(norm)}
+            _require_finite(
+                total, norm, len(history), schedule, table.where(int(work.rows[0])), scaled=accelerator.scaler is not None
+            )
+            row = {
+                "step": len(history),
+                "epoch": epoch,
+                "loss": float(total),
+                "lr": scheduler.get_last_lr()[0],
+                "grad_norm": float(norm),
+            }
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)

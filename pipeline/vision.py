@@ -79,9 +79,10 @@ class Encoder(nn.Module):
         config = self.tower.config
         self.tokens, self.width = (config.image_size // config.patch_size) ** 2, config.hidden_size
         if not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
-            raise PipelineError(f"vision.layer is {layer}; {model} has {config.num_hidden_layers} layers", remedy="set vision.layer")
-        self.register_buffer("mean", torch.tensor(self.preprocess.mean, device=device).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(self.preprocess.std, device=device).view(3, 1, 1), persistent=False)
+            raise PipelineError(
+                f"vision.layer is {layer}; {model} has {config.num_hidden_layers} layers", remedy="set vision.layer"
+            )
+        self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
@@ -100,7 +101,7 @@ class Encoder(nn.Module):
         count = len(pixels)
         if count < self.batch:
             pixels = torch.cat([pixels, pixels.new_zeros(self.batch - count, *pixels.shape[1:])])
-        values = (pixels.to(self.device).float() * self.preprocess.rescale - self.mean) / self.std
+        values = (pixels.to(self.device).float() * self.preprocess.rescale - self._mean) / self._std
         with autocast(self.precision, self.device):
             output = self.tower(values, output_hidden_states=self.layer != -1)
         hidden = output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
@@ -134,7 +135,7 @@ def _load_tower(model: str, revision: str) -> PreTrainedModel:
         if family is None:
             known = ", ".join(sorted(TOWERS))
             raise PipelineError(f"{model} is a {config.model_type} model, expected one of {known}", remedy="set vision.model")
-        tower, info = family.from_pretrained(
+        loaded: Any = family.from_pretrained(
             model,
             revision=revision or "main",
             dtype=torch.float32,
@@ -143,6 +144,7 @@ def _load_tower(model: str, revision: str) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise _unloadable(model, error) from None
+    tower, info = loaded
     if info["missing_keys"]:
         raise PipelineError(f"{model} lacks weights: {sorted(info['missing_keys'])[0]} and others", code=ARTEFACT)
     return tower

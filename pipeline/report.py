@@ -1,0 +1,61 @@
+"""What the last run gave: `python -m pipeline.report` prints the table of `make demo` from metrics/*.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.errors import ARTEFACT, PipelineError, exit_on_error
+
+STAGES = ("extract", "tokenize", "pretrain", "sft")
+
+
+def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
+    """The figures of each stage; raises `PipelineError` naming the stage that has none."""
+    found = {}
+    for stage in STAGES:
+        path = folder / f"{stage}.json"
+        try:
+            found[stage] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise PipelineError("no figures yet", where=str(path), remedy="dvc repro", code=ARTEFACT) from None
+    return found
+
+
+def tables(found: dict[str, dict[str, Any]]) -> list[Table]:
+    """The held-out results and what each stage cost."""
+    pretrain, sft, extract = found["pretrain"], found["sft"], found["extract"]
+    results = Table(title=f"{sft['questions']:,} held-out questions, exact match", title_justify="left")
+    for column in ("model", "accuracy", "loss"):
+        results.add_column(column, justify="left" if column == "model" else "right")
+    for name, accuracy, loss in (
+        ("blind (image features zeroed), after SFT", sft["accuracy_blind"], sft["loss_blind"]),
+        ("projector only", pretrain["accuracy"], pretrain["loss"]),
+        ("after SFT", sft["accuracy"], sft["loss"]),
+    ):
+        results.add_row(name, f"{accuracy:.2%}", f"{loss:.4f}")
+    costs = Table(title=f"cost; feature cache {extract['cache_mb']:,.1f} MB for {extract['images']:,} images", title_justify="left")
+    for column in ("stage", "seconds", "peak memory, GB"):
+        costs.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in STAGES:
+        costs.add_row(stage, f"{found[stage]['seconds']:.1f}", f"{found[stage]['peak_memory_gb']:.2f}")
+    return [results, costs]
+
+
+def main() -> None:
+    console = Console(width=100)
+    for table in tables(read_metrics(Path("metrics"))):
+        console.print(table)
+    console.print(
+        "Curves: dvc plots show (writes dvc_plots/index.html)   Figures: dvc metrics show\n"
+        "Next:   dvc exp run -S pretrain.lr=1e-3     re-trains on the same cached features\n"
+        '        python -m pipeline.chat data/samples/test-7.png "what shape is in the image?"',
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    exit_on_error(main)
