@@ -52,8 +52,9 @@ def heldout_loss(
     total = 0.0
     for _, (batch, loaded) in tqdm(run_ahead(parts, load), total=len(parts), desc="held-out loss", unit="batch", mininterval=0.5):
         batch = batch.to(accelerator.device)
+        features = source.features(loaded).to(accelerator.device)
         with accelerator.autocast():
-            loss, _ = model(batch, source.features(loaded).to(accelerator.device))
+            loss, _ = model(batch, features)
         total += float(loss)
     return total / int(table.supervised.sum())
 
@@ -89,13 +90,14 @@ def answer_accuracy(
 
     for part, loaded in tqdm(run_ahead(parts, load), total=len(parts), desc=name, unit="batch", mininterval=0.5):
         firsts = [group[0] for group in part]
+        features = source.features(loaded)
         with accelerator.autocast():
             produced = generate(
                 model,
                 builder,
                 [asked[n] for n in firsts],
                 [rows[n].image_start for n in firsts],
-                source.features(loaded),
+                features,
                 max_new_tokens=max_new_tokens,
                 device=accelerator.device,
             )

@@ -90,6 +90,7 @@ class Runtime(Section):
     workers: Count
     tokenize_workers: Positive
     extract_batch: Positive
+    live_cache_mb: Count
     eval_batch: Positive
 
 

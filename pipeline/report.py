@@ -31,11 +31,11 @@ def tables(found: dict[str, dict[str, Any]]) -> list[Table]:
     for column in ("model", "accuracy", "loss"):
         results.add_column(column, justify="left" if column == "model" else "right")
     for name, accuracy, loss in (
-        ("blind (image features zeroed), after SFT", sft["accuracy_blind"], sft["loss_blind"]),
-        ("projector only", pretrain["accuracy"], pretrain["loss"]),
-        ("after SFT", sft["accuracy"], sft["loss"]),
+        ("blind: image features zeroed", f"{max(pretrain['accuracy_blind'], sft['accuracy_blind']):.2%}", ""),
+        ("projector only", f"{pretrain['accuracy']:.2%}", f"{pretrain['loss']:.4f}"),
+        ("after SFT", f"{sft['accuracy']:.2%}", f"{sft['loss']:.4f}"),
     ):
-        results.add_row(name, f"{accuracy:.2%}", f"{loss:.4f}")
+        results.add_row(name, accuracy, loss)
     costs = Table(title=f"cost; feature cache {extract['cache_mb']:,.1f} MB for {extract['images']:,} images", title_justify="left")
     for column in ("stage", "seconds", "peak memory, GB"):
         costs.add_column(column, justify="left" if column == "stage" else "right")

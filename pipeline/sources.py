@@ -3,6 +3,8 @@
 Both return float16 rows, and the live encoder's are rounded as the stored ones are, so the two agree bit for bit.
 """
 
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +15,17 @@ from pipeline.features import FeatureStore
 from pipeline.images import ImageRoot, digest
 from pipeline.tokens import TokenTable
 from pipeline.vision import Encoder
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImages:
+    """What a batch needs from the live encoder: `keys` in slot order, rows already `known`, pixels of the `new` ones."""
+
+    keys: list[bytes]
+    known: dict[bytes, torch.Tensor]
+    new: list[bytes]
+    names: list[str]
+    pixels: torch.Tensor | None
 
 
 class FeatureSource(Protocol):
@@ -45,25 +58,40 @@ class StoredFeatures:
 
 
 class LiveFeatures:
-    """Features computed from the image files as they are needed; a picture that stands twice in a batch is encoded once."""
+    """Features computed from the image files as they are needed.
 
-    def __init__(self, encoder: Encoder, root: ImageRoot, table: TokenTable) -> None:
+    A picture that stands twice in a batch is encoded once, and one that was seen lately is taken from `cache_bytes` of
+    memory: a row's bits do not depend on its batch, so this changes nothing but the time.
+    """
+
+    def __init__(self, encoder: Encoder, root: ImageRoot, table: TokenTable, *, cache_bytes: int = 0) -> None:
         self._encoder, self._root = encoder, root
         self.tokens, self.width = encoder.tokens, encoder.width
         self._names, self._hashes = table.image_names(), table.image_hashes()
+        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._room = cache_bytes // (encoder.tokens * encoder.width * 2)
 
-    def load(self, slots: np.ndarray) -> tuple[torch.Tensor | None, list[str], torch.Tensor]:
-        distinct: dict[bytes, tuple[int, int]] = {}
-        place = [distinct.setdefault(self._hashes[slot].tobytes(), (len(distinct), int(slot)))[0] for slot in slots]
-        names = [self._names[slot].as_py() for _, slot in distinct.values()]
-        pixels = [self._pixels(name, key) for name, key in zip(names, distinct, strict=True)]
-        return torch.from_numpy(np.stack(pixels)) if pixels else None, names, torch.tensor(place, dtype=torch.long)
+    def load(self, slots: np.ndarray) -> LoadedImages:
+        keys = [self._hashes[slot].tobytes() for slot in slots]
+        first = dict(zip(reversed(keys), reversed(slots.tolist()), strict=True))
+        known = {key: row for key in first if (row := self._kept.get(key)) is not None}
+        new = [key for key in first if key not in known]
+        names = [self._names[first[key]].as_py() for key in new]
+        pixels = [self._pixels(name, key) for name, key in zip(names, new, strict=True)]
+        return LoadedImages(keys, known, new, names, torch.from_numpy(np.stack(pixels)) if pixels else None)
 
-    def features(self, loaded: tuple[torch.Tensor | None, list[str], torch.Tensor]) -> torch.Tensor:
-        pixels, names, place = loaded
-        if pixels is None:
+    def features(self, loaded: LoadedImages) -> torch.Tensor:
+        if not loaded.keys:
             return torch.empty(0, self.tokens, self.width, dtype=torch.float16)
-        return self._encoder.encode(pixels, names)[place]
+        rows = dict(loaded.known)
+        if loaded.pixels is not None:
+            rows |= zip(loaded.new, self._encoder.encode(loaded.pixels, loaded.names), strict=True)
+        for key in rows if self._room else ():
+            self._kept[key] = rows[key].clone() if key in loaded.new else rows[key]  # a view would hold its whole batch
+            self._kept.move_to_end(key)
+        while len(self._kept) > self._room:
+            self._kept.popitem(last=False)
+        return torch.stack([rows[key] for key in loaded.keys])
 
     def _pixels(self, name: str, key: bytes) -> np.ndarray:
         where = f"{self._root.path}: {name}"

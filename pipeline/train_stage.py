@@ -47,7 +47,8 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
         f"{counts['frozen']:,} are frozen; {len(table):,} rows, features {training.features}, {precision} on {device}",
         flush=True,
     )
-    source, heldout_source = _sources(training.features, encoder, ((table, dataset), (heldout, params.data.heldout)))
+    cache = params.runtime.live_cache_mb * 1_000_000
+    source, heldout_source = _sources(training.features, encoder, ((table, dataset), (heldout, params.data.heldout)), cache)
     schedule = Schedule(**{key: getattr(training, key) for key in Schedule.__dataclass_fields__})
     model.to(accelerator.device)
     history = train(model, table, source, schedule, accelerator, image_id=builder.image_id, name=name)
@@ -102,9 +103,9 @@ def _model(params: StageParams, training: Training, encoder: Encoder, precision:
     return model
 
 
-def _sources(features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Dataset], ...]) -> list[FeatureSource]:
+def _sources(features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Dataset], ...], cache: int) -> list[FeatureSource]:
     if features == "live":
-        return [LiveFeatures(encoder, ImageRoot(dataset.images), table) for table, dataset in tables]
+        return [LiveFeatures(encoder, ImageRoot(dataset.images), table, cache_bytes=cache) for table, dataset in tables]
     store = FeatureStore(FEATURES)
     store.check_encoder(encoder.spec())
     return [StoredFeatures(store, table) for table, _ in tables]
@@ -144,10 +145,10 @@ def _measure(
     accelerator: Accelerator,
     builder: PromptBuilder,
 ) -> dict[str, Any]:
-    """Held-out loss and accuracy, each with its blind control."""
-    figures: dict[str, Any] = {"questions": len(table)}
+    """Held-out loss, accuracy, and the accuracy of the blind control."""
+    loss = heldout_loss(model, table, source, accelerator, image_id=builder.image_id, micro_tokens=training.micro_tokens)
+    figures: dict[str, Any] = {"questions": len(table), "loss": round(loss, 6)}
     for suffix, shown in (("", source), ("_blind", NoFeatures(source))):
-        loss = heldout_loss(model, table, shown, accelerator, image_id=builder.image_id, micro_tokens=training.micro_tokens)
         score, _ = answer_accuracy(
             model,
             table,
@@ -159,7 +160,7 @@ def _measure(
             blind=bool(suffix),
             name=f"answers{suffix.replace('_', ', ')}",
         )
-        figures |= {f"loss{suffix}": round(loss, 6), f"accuracy{suffix}": round(score.accuracy, 6)}
+        figures[f"accuracy{suffix}"] = round(score.accuracy, 6)
     return figures
 
 
