@@ -49,6 +49,7 @@ class Batch:
 
     Attributes:
         ids: int64 [B, T].
+        real: bool [B, T], positions that are not padding (only a mixture's router asks).
         keep: bool [B, T], positions whose next token is supervised.
         labels: int64 [supervised], those next tokens, row by row.
         slots: int64 [S], number of the image slot whose features are needed, one for each image run.
@@ -56,6 +57,7 @@ class Batch:
     """
 
     ids: torch.Tensor
+    real: torch.Tensor
     keep: torch.Tensor
     labels: torch.Tensor
     slots: np.ndarray
@@ -63,12 +65,19 @@ class Batch:
     slot_start: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        names = ("ids", "keep", "labels", "slot_row", "slot_start")
+        names = ("ids", "real", "keep", "labels", "slot_row", "slot_start")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def collate(table: TokenTable, rows: np.ndarray, *, image_id: int, tokens: int) -> Batch:
     """Rows of a token table -> one padded batch; raises `PipelineError` naming a row whose images lack P placeholders."""
+    if table.spec["tokens"] != tokens:
+        raise PipelineError(
+            f"rows hold {table.spec['tokens']} placeholders an image, features have {tokens} patches",
+            where=str(table.path),
+            remedy="dvc repro tokenize",
+            code=ARTEFACT,
+        )
     found = [table.row(int(row)) for row in rows]
     width = max(len(row.ids) for row in found)
     ids = np.zeros((len(found), width), np.int64)
@@ -85,6 +94,7 @@ def collate(table: TokenTable, rows: np.ndarray, *, image_id: int, tokens: int) 
     keep[:, :-1] = target[:, 1:]
     return Batch(
         ids=torch.from_numpy(ids),
+        real=torch.from_numpy(np.arange(width) < table.lengths[rows][:, None]),
         keep=torch.from_numpy(keep),
         labels=torch.from_numpy(ids[target]),
         slots=slots,

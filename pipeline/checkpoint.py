@@ -79,7 +79,12 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Vis
     """Projector and language model of a checkpoint, strictly; the encoder is loaded apart (`manifest.vision`)."""
     manifest = read_manifest(folder)
     shape = manifest.projector
-    projector = build_projector(shape["kind"], shape["width"], shape["hidden"])
+    try:
+        projector = build_projector(shape["kind"], int(shape["width"]), int(shape["hidden"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PipelineError(
+            f"not a model: {brief(error)}", where=str(Path(folder) / MANIFEST), remedy="dvc repro -f", code=ARTEFACT
+        ) from None
     load_projector(projector, folder)
     if manifest.own_llm:
         language_model = load_language_model(str(folder), dtype=dtype)

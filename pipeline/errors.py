@@ -7,7 +7,7 @@ A traceback from any stage or command is therefore a defect of ours, never of th
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Exit codes: DVC reports any failure as 255, so the line itself must tell; the codes serve scripts.
 USAGE, BAD_ROWS, ARTEFACT, RESOURCE, BUSY, NUMERIC = 2, 3, 4, 5, 6, 7
@@ -30,12 +30,22 @@ class PipelineError(Exception):
         self.what, self.where, self.remedy, self.code = what, where, remedy, code
         super().__init__(self.line())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Worker processes send errors back: subclasses have other constructors, so none is called again."""
+        return _rebuild, (type(self), self.args, self.__dict__)
+
     def line(self) -> str:
         """One line of text, control characters and memory addresses removed."""
         text = f"{self.where}: {self.what}" if self.where else self.what
         if self.remedy:
             text += f" -> {self.remedy}"
         return _ADDRESS.sub("", _CONTROL.sub(" ", text))
+
+
+def _rebuild(kind: type[PipelineError], args: tuple[Any, ...], state: dict[str, Any]) -> PipelineError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def brief(error: BaseException, *, limit: int = 160) -> str:

@@ -30,6 +30,7 @@ class FeatureStore:
             index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
             listed = [(str(shard["file"]), int(shard["rows"])) for shard in index["shards"]]
             self.spec: dict[str, Any] = index["spec"]
+            self.tokens, self.width = int(self.spec["tokens"]), int(self.spec["width"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PipelineError(
                 f"no feature store: {brief(error)}", where=str(self.folder), remedy="dvc repro extract", code=ARTEFACT
@@ -43,7 +44,6 @@ class FeatureStore:
                     remedy="dvc repro -f extract",
                     code=ARTEFACT,
                 )
-        self.tokens, self.width = int(self.spec["tokens"]), int(self.spec["width"])
         self._starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
 
     def __len__(self) -> int:

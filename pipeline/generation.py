@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from pipeline.model import VisionLanguageModel
 from pipeline.text import PromptBuilder
@@ -39,8 +40,10 @@ def generate(
     shifted = [np.asarray(starts, np.int64) + width - len(ids) for ids, starts in zip(prompts, image_starts, strict=True)]
     tokens, rows, begins = (torch.from_numpy(array).to(device) for array in (padded, row, np.concatenate(shifted)))
     language_model: Any = model.language_model
-    return (
-        language_model.generate(
+    habits = language_model.generation_config  # a model's own penalties and sampling are not asked for here
+    language_model.generation_config = GenerationConfig()
+    try:
+        produced = language_model.generate(
             inputs_embeds=model.embed(tokens, features.to(device), rows, begins),
             attention_mask=torch.from_numpy(mask).to(device),
             max_new_tokens=max_new_tokens,
@@ -49,6 +52,6 @@ def generate(
             suppress_tokens=builder.suppressed,
             **(options or GREEDY),
         )
-        .cpu()
-        .numpy()
-    )
+    finally:
+        language_model.generation_config = habits
+    return produced.cpu().numpy()

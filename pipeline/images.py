@@ -9,6 +9,7 @@ import os
 import stat
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +59,13 @@ class ImageRoot:
     def _read_member(self, name: str) -> bytes:
         where = f"{self.path}: {name!r}"
         with self._lock:  # a ZipFile keeps one file position
-            if self._archive is None or self._owner != os.getpid():
-                self._archive, self._owner = zipfile.ZipFile(self.path), os.getpid()
             try:
+                if self._archive is None or self._owner != os.getpid():
+                    self._archive, self._owner = zipfile.ZipFile(self.path), os.getpid()
                 return self._archive.read(name)
             except KeyError:
                 raise ImageError("no such image in the zip", where=where) from None
-            except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, RuntimeError) as error:
                 raise ImageError(f"unreadable: {brief(error)}", where=where) from None
 
     def _read_file(self, name: str) -> bytes:

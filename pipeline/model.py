@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, S images in the batch, P patches, Dv vision width, D h
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -23,7 +24,11 @@ def build_projector(kind: str, width: int, hidden: int) -> nn.Sequential:
     if kind == "linear":
         return nn.Sequential(nn.Linear(width, hidden))
     mlp = [nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, hidden)]
-    return nn.Sequential(*([nn.LayerNorm(width), *mlp] if kind == "norm_mlp" else mlp))
+    if kind == "mlp":
+        return nn.Sequential(*mlp)
+    if kind == "norm_mlp":
+        return nn.Sequential(nn.LayerNorm(width), *mlp)
+    raise ValueError(f"unknown projector kind {kind!r}")
 
 
 def splice(embeddings: torch.Tensor, features: torch.Tensor, row: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -38,8 +43,6 @@ def splice(embeddings: torch.Tensor, features: torch.Tensor, row: torch.Tensor, 
     """
     if not len(features) == len(row) == len(start):
         raise ValueError(f"{len(features)} images' features for {len(row)} runs of placeholders")
-    if not len(features):
-        return embeddings
     positions = start[:, None] + torch.arange(features.shape[1], device=start.device)  # [S, P]
     return embeddings.index_put((row[:, None].expand_as(positions), positions), features.to(embeddings.dtype))
 
@@ -69,9 +72,9 @@ class VisionLanguageModel(nn.Module):
         """Sum of the cross-entropy over supervised tokens, and a mixture's router loss (0 where none trains).
 
         Hidden states are gathered at supervised positions before the vocabulary projection, so [B, T, V] never exists.
-        Right padding needs no mask: a causal model's real tokens never see it.
+        Right padding needs no mask: a causal model's real tokens never see it. Only a router's own loss would count it.
         """
-        extra = {"output_router_logits": True} if self.router_trains else {}
+        extra = {"output_router_logits": True, "attention_mask": batch.real.long()} if self.router_trains else {}
         output = self.language_model(
             inputs_embeds=self.embed(batch.ids, features, batch.slot_row, batch.slot_start),
             logits_to_keep=batch.keep,
@@ -101,7 +104,7 @@ def load_language_model(model: str, *, revision: str = "", dtype: torch.dtype = 
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         remedy = "give a Transformers folder, or a hub id reachable from here"
         raise PipelineError(f"cannot load {model}: {brief(error)}", where="llm.model", remedy=remedy, code=ARTEFACT) from None
     language_model, info = loaded

@@ -138,7 +138,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PipelineError("not found", where=str(path), remedy="run from the project's root folder") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         spot = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise PipelineError(brief(getattr(error, "problem", None) or error), where=f"{path}{spot}") from None
@@ -215,7 +215,12 @@ def override(content: dict[str, Any], assignments: list[str]) -> None:
         target = content
         for section in sections:
             target = target.setdefault(section, {})
-        target[name] = YAML(typ="safe", pure=True).load(value)
+            if not isinstance(target, dict):
+                raise PipelineError(f"{section} is no section", where="command line")
+        try:
+            target[name] = YAML(typ="safe", pure=True).load(value)
+        except (YAMLError, ValueError, RecursionError) as error:
+            raise PipelineError(f"{key}: {brief(getattr(error, 'problem', None) or error)}", where="command line") from None
 
 
 def main() -> None:

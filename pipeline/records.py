@@ -97,7 +97,13 @@ def _image_names(row: dict[str, Any], where: str) -> tuple[str, ...]:
         names = [name.strip() for name in names.split(",")] if names else []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise _bad("expected `images` as a list of file names", where)
+    if any(_is_half_surrogate(name) for name in names):
+        raise _bad("a name in `images` has half a surrogate pair", where)
     return tuple(names)
+
+
+def _is_half_surrogate(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _turn(message: object, position: int, used: int, where: str) -> tuple[Turn, int]:
@@ -108,10 +114,8 @@ def _turn(message: object, position: int, used: int, where: str) -> tuple[Turn, 
         raise _bad(f"turn {position}: role is {role!r}, expected one of {', '.join(ROLES)}", where)
     if not isinstance(content, str):
         raise _bad(f"turn {position}: content is {type(content).__name__}, expected text", where)
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _bad(f"turn {position}: content has half a surrogate pair", where) from None
+    if _is_half_surrogate(content):
+        raise _bad(f"turn {position}: content has half a surrogate pair", where)
     if role == "assistant" and not content.strip():
         raise _bad(f"turn {position}: the answer is empty", where)
     if role != "user":  # only a user shows pictures; elsewhere the word is text

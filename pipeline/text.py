@@ -224,9 +224,12 @@ def _tokens_in(template: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
 def _content_tokenizer(tokenizer: PreTrainedTokenizerFast, control: set[str]) -> Tokenizer:
     """The same tokenizer blind to control tokens, so that a text which spells one is encoded letter by letter."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in control]
+    for token in state["added_tokens"]:  # left in place: taking one out would shift the ids of those behind it
+        token["special"] = token["content"] in control
     state["post_processor"] = state["truncation"] = state["padding"] = None
-    return Tokenizer.from_str(json.dumps(state))
+    content = Tokenizer.from_str(json.dumps(state))
+    content.encode_special_tokens = True
+    return content
 
 
 def _reserved(tokenizer: PreTrainedTokenizerFast) -> str:

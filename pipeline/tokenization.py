@@ -66,7 +66,8 @@ class Tokenizer:
             return prompt
         reason = f"{len(prompt.ids)} tokens, tokenize.max_tokens is {self._max}"
         spans = tuple((start, min(end, self._max)) for start, end in prompt.spans if start < self._max)
-        images_fit = all(start + self._builder.tokens <= self._max for start in prompt.images)
+        end = spans[-1][1] if spans else self._max
+        images_fit = all(start + self._builder.tokens <= end for start in prompt.images)
         if self._policy == "cut" and images_fit and spans:
             found.cut += 1
             return Prompt(prompt.ids[: spans[-1][1]], spans, prompt.images)
@@ -134,8 +135,9 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def _run(chunks: Iterator[list[Record]], settings: tuple[Any, ...], workers: int) -> Iterator[tuple[pa.RecordBatch, Summary]]:
+    tokenizer = Tokenizer(*settings)  # bad settings fail here, where they can be told, not in the start of a worker
     if workers <= 1:
-        yield from map(Tokenizer(*settings), chunks)
+        yield from map(tokenizer, chunks)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), _start, settings) as pool:
         waiting: list[Future] = []

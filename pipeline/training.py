@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 from pipeline.batches import Batch, collate, plan_epoch, split_by_tokens
 from pipeline.errors import NUMERIC, USAGE, PipelineError
@@ -112,7 +112,7 @@ def train(
     steps_per_epoch = -(-len(table) // schedule.batch_size)
     steps = steps_per_epoch * schedule.epochs
     optimizer = make_optimizer(model, lr=schedule.lr, weight_decay=schedule.weight_decay)
-    scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
         optimizer, max(1, round(schedule.warmup * steps)), steps, min_lr_rate=schedule.min_lr
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
@@ -40,9 +41,10 @@ class Preprocessor:
             )
         except (OSError, ValueError) as error:
             raise _unloadable(model, error) from None
-        self.rescale = float(self._processor.rescale_factor)
-        self.mean = [float(value) for value in self._processor.image_mean]
-        self.std = [float(value) for value in self._processor.image_std]
+        settings = self._processor
+        self.rescale = float(settings.rescale_factor) if settings.do_rescale else 1.0
+        self.mean = [float(value) for value in settings.image_mean] if settings.do_normalize else [0.0] * 3
+        self.std = [float(value) for value in settings.image_std] if settings.do_normalize else [1.0] * 3
 
     def __call__(self, data: bytes, *, where: str) -> np.ndarray:
         picture = decode(data, where=where)
@@ -142,7 +144,7 @@ def _load_tower(model: str, revision: str) -> PreTrainedModel:
             attn_implementation="sdpa",
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _unloadable(model, error) from None
     tower, info = loaded
     if info["missing_keys"]:

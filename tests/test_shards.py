@@ -1,0 +1,287 @@
+"""The feature store: what is written is read, by any HDF5 tool; damage is named; the output follows from the data alone."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import PipelineError
+from pipeline.extraction import Extraction, distinct_images, extract
+from pipeline.features import INDEX, FeatureStore
+from pipeline.images import ImageError, ImageRoot, digest
+from pipeline.shards import Shard, shard_name, write_shard
+from pipeline.vision import Encoder, fingerprint
+
+ROW = (3, 5)  # P, Dv of the shards that are written without an encoder
+SPEC = {"tokens": 3, "width": 5, "weights": "abc"}
+FEATURES = np.random.default_rng(0).normal(size=(10, *ROW)).astype(np.float16)
+HASHES = np.frombuffer(b"".join(digest(bytes([i])) for i in range(10)), np.uint8).reshape(-1, 32)
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    path = tmp_path / "one.h5"
+    write_shard(path, HASHES, SPEC, [FEATURES[:4], FEATURES[4:]])
+    return path
+
+
+def rows(shard: Shard, numbers: list[int]) -> np.ndarray:
+    out = np.empty((len(numbers), *ROW), np.float16)
+    shard.read(np.array(numbers), out)
+    return out
+
+
+def test_a_shard_gives_back_its_rows_hashes_and_spec(shard: Path) -> None:
+    found = Shard(shard)
+    numbers = [9, 0, 4, 4, 3]
+    assert np.array_equal(rows(found, numbers), FEATURES[numbers])
+    assert np.array_equal(found.hashes, HASHES)
+    assert (found.spec, found.fingerprint, len(found)) == (SPEC, fingerprint(SPEC), 10)
+
+
+def test_plain_h5py_reads_a_shard(shard: Path) -> None:
+    with h5py.File(shard, "r") as file:
+        assert np.array_equal(file["features"][:], FEATURES)
+        assert np.array_equal(file["image_sha256"][:], HASHES)
+        assert file["features"].dtype == np.float16
+        assert file["features"].chunks is None, "a row is one read at a known offset"
+        assert [h5py.h5g.get_objinfo(file[name].id).mtime for name in file] == [0, 0, 0], "no times: equal bytes on every day"
+        assert set(file.attrs) >= {"format", "fingerprint", "spec"}
+
+
+def test_equal_content_gives_equal_bytes_however_it_is_batched(shard: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.h5"
+    write_shard(again, HASHES, SPEC, [FEATURES[i : i + 3] for i in range(0, 10, 3)])
+    assert again.read_bytes() == shard.read_bytes()
+
+
+def test_the_name_follows_from_encoder_and_images_in_order() -> None:
+    names = {shard_name("a", HASHES), shard_name("b", HASHES), shard_name("a", HASHES[::-1]), shard_name("a", HASHES[:9])}
+    assert len(names) == 4
+    assert shard_name("a", HASHES.copy()) in names
+
+
+@pytest.mark.parametrize("batches", [[FEATURES[:9]], [FEATURES.astype(np.float32)], [FEATURES[:, :2]]])
+def test_a_shard_that_cannot_be_finished_never_appears(tmp_path: Path, batches: list[np.ndarray]) -> None:
+    with pytest.raises(ValueError):
+        write_shard(tmp_path / "one.h5", HASHES, SPEC, batches)
+    assert list(tmp_path.iterdir()) == []
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    path.unlink()  # a finished shard is read-only
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("row", [0, 5, 9])
+def test_one_flipped_bit_is_an_error_that_names_file_and_row(shard: Path, row: int) -> None:
+    data = bytearray(shard.read_bytes())
+    data[data.index(FEATURES[row].tobytes()) + 7] ^= 0x10
+    overwrite(shard, bytes(data))
+    found = Shard(shard)
+    others = [number for number in range(10) if number != row]
+    assert np.array_equal(rows(found, others), FEATURES[others])
+    for _ in range(2):
+        with pytest.raises(PipelineError, match=rf"one\.h5: row {row} .*{HASHES[row].tobytes().hex()[:16]}"):
+            rows(found, [0, row])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_a_truncated_shard_is_an_error_that_names_it(shard: Path, share: float) -> None:
+    data = shard.read_bytes()
+    overwrite(shard, data[: int(len(data) * share)])
+    with pytest.raises(PipelineError, match=r"one\.h5"):
+        rows(Shard(shard), list(range(10)))
+
+
+@pytest.fixture
+def images(tmp_path: Path, png: Callable[[int], bytes]) -> ImageRoot:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.png").write_bytes(png(number))
+    (folder / "copy of 1.png").write_bytes(png(1))
+    (folder / "bad.png").write_bytes(b"<html>")
+    return ImageRoot(folder)
+
+
+Extract = Callable[..., Extraction]
+
+
+@pytest.fixture
+def run(tmp_path: Path, images: ImageRoot, encoders: dict[str, Encoder]) -> Extract:
+    """Extract the images of these numbers, three to a shard, into tmp_path/OUT through tmp_path/STORE."""
+
+    def extract_numbers(
+        numbers: str, *, out: str = "out", store: str = "store", encoder: Encoder | None = None, workers: int = 0
+    ) -> Extraction:
+        files, hashes = distinct_images([(images, [f"{number}.png" for number in numbers])])
+        chosen = encoder or encoders["clip"]
+        return extract(files, hashes, chosen, store=tmp_path / store, out=tmp_path / out, shard_rows=3, workers=workers)
+
+    return extract_numbers
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def by_hash(folder: Path) -> dict[bytes, bytes]:
+    """Every row's bytes by image, whatever shard it lies in."""
+    store = FeatureStore(folder)
+    hashes = np.concatenate([shard.hashes for shard in store.shards])
+    return {key.tobytes(): row.numpy().tobytes() for key, row in zip(hashes, store.read(np.arange(len(store))), strict=True)}
+
+
+def test_duplicates_are_stored_once_in_order_of_first_appearance(images: ImageRoot, png: Callable[[int], bytes]) -> None:
+    files, hashes = distinct_images([(images, ["3.png", "1.png", "3.png"]), (images, ["copy of 1.png", "0.png", "3.png"])])
+    assert [file.name for file in files] == ["3.png", "1.png", "0.png"]
+    assert [key.tobytes() for key in hashes] == [digest(png(number)) for number in (3, 1, 0)]
+
+
+def test_the_store_answers_by_content_with_the_encoders_rows(
+    run: Extract, tmp_path: Path, encoders: dict[str, Encoder], png: Callable[[int], bytes]
+) -> None:
+    assert run("01234567").encoded == 8
+    store = FeatureStore(tmp_path / "out")
+    asked = [7, 0, 4, 4, 2, 5]
+    found = store.locate(np.frombuffer(b"".join(digest(png(i)) for i in asked), np.uint8).reshape(-1, 32))
+    expected = encoders["clip"].encode_files([png(i) for i in asked], [str(i) for i in asked])
+    assert torch.equal(store.read(found), expected)
+    assert store.read(found[:0]).shape == (0, store.tokens, store.width)
+    with pytest.raises(PipelineError, match=r"no features for 1 of 2 images.*" + digest(b"?").hex()[:16]):
+        store.locate(np.frombuffer(digest(png(0)) + digest(b"?"), np.uint8).reshape(-1, 32))
+
+
+def test_a_second_run_encodes_nothing_and_gives_the_same_bytes(run: Extract, tmp_path: Path) -> None:
+    assert run("01234567").encoded == 8
+    assert run("01234567", out="again").encoded == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_one_more_image_encodes_one_and_leaves_full_shards_as_they_are(run: Extract, tmp_path: Path) -> None:
+    run("0123456")
+    full = {file.name: file.stat().st_ino for file in (tmp_path / "out").glob("*.h5")}
+    assert run("01234567", out="more").encoded == 1
+    more = {file.name: file.stat().st_ino for file in (tmp_path / "more").glob("*.h5")}
+    assert len(full) == len(more) == 3
+    assert len(full.items() & more.items()) == 2, "the two full shards keep name and inode"
+
+
+@pytest.mark.parametrize("numbers", ["0123567", "76543210", "31", "04", "2"])
+def test_the_output_follows_from_the_data_not_from_history(run: Extract, tmp_path: Path, numbers: str) -> None:
+    run("01234567")
+    assert run(numbers, out="after").encoded == 0
+    assert run(numbers, out="fresh", store="other").encoded == len(numbers)
+    assert contents(tmp_path / "after") == contents(tmp_path / "fresh")
+
+
+def test_another_layer_or_another_model_reuses_nothing(
+    run: Extract, tmp_path: Path, vision_folders: dict[str, Path], encoders: dict[str, Encoder]
+) -> None:
+    run("0123")
+    layer = Encoder(str(vision_folders["clip"]), layer=-2, precision="float32", device=torch.device("cpu"), batch=4)
+    assert run("0123", out="layer", encoder=layer).encoded == 4
+    assert run("0123", out="siglip", encoder=encoders["siglip"]).encoded == 4
+    with pytest.raises(PipelineError, match="layer -1, params ask for -2"):
+        FeatureStore(tmp_path / "out").check_encoder(layer.spec())
+    FeatureStore(tmp_path / "layer").check_encoder(layer.spec())
+
+
+class Crashing(Encoder):
+    """Ends the run after so many calls, as a full disk or a power cut would."""
+
+    calls = 2
+
+    def encode(self, pixels: torch.Tensor, names: list[str]) -> torch.Tensor:  # type: ignore[override]
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        return super().encode(pixels, names)
+
+
+def test_a_run_after_a_crash_gives_the_bytes_of_an_undisturbed_one(
+    run: Extract, tmp_path: Path, vision_folders: dict[str, Path]
+) -> None:
+    crashing = Crashing(str(vision_folders["clip"]), precision="float32", device=torch.device("cpu"), batch=2)
+    with pytest.raises(KeyboardInterrupt):
+        run("01234567", encoder=crashing)
+    assert not (tmp_path / "out").exists()
+    assert 0 < run("01234567").encoded < 8, "what was finished is taken over"
+    run("01234567", out="fresh", store="other")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert not list((tmp_path / "store").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_a_rows_bits_depend_neither_on_its_neighbours_nor_on_the_batch_size(
+    run: Extract, tmp_path: Path, vision_folders: dict[str, Path], family: str, precision: str
+) -> None:
+    found = []
+    for batch, numbers in ((1, "01234567"), (3, "01234567"), (8, "01234567"), (64, "01234567"), (64, "53716204"), (64, "42")):
+        encoder = Encoder(str(vision_folders[family]), precision=precision, device=torch.device("cpu"), batch=batch)
+        out = f"{batch}-{numbers}"
+        run(numbers, out=out, store=f"store-{out}", encoder=encoder)
+        found.append(by_hash(tmp_path / out))
+    for other in found[1:]:
+        assert other.items() <= found[0].items()
+
+
+def test_workers_change_no_byte(run: Extract, tmp_path: Path) -> None:
+    run("01234567")
+    run("01234567", out="workers", store="other", workers=2)
+    assert contents(tmp_path / "workers") == contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_is_named(tmp_path: Path, images: ImageRoot, encoders: dict[str, Encoder], workers: int) -> None:
+    files, hashes = distinct_images([(images, ["0.png", "1.png", "bad.png", "2.png"])])
+    with pytest.raises(ImageError, match=r"images: bad\.png: not a picture"):
+        extract(files, hashes, encoders["clip"], store=tmp_path / "s", out=tmp_path / "o", shard_rows=3, workers=workers)
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_image_that_changes_while_it_is_read_is_named(tmp_path: Path, images: ImageRoot, encoders: dict[str, Encoder]) -> None:
+    files, hashes = distinct_images([(images, ["0.png", "1.png"])])
+    (Path(images.path) / "1.png").write_bytes((Path(images.path) / "2.png").read_bytes())
+    with pytest.raises(ImageError, match=r"1\.png: changed"):
+        extract(files, hashes, encoders["clip"], store=tmp_path / "s", out=tmp_path / "o", shard_rows=3, workers=0)
+
+
+def test_features_that_overflow_float16_are_refused_and_named(
+    tmp_path: Path, images: ImageRoot, vision_folders: dict[str, Path]
+) -> None:
+    encoder = Encoder(str(vision_folders["siglip"]), precision="float32", device=torch.device("cpu"), batch=4)
+    with torch.no_grad():
+        next(tensor for name, tensor in encoder.tower.named_parameters() if "post_layernorm.weight" in name).mul_(1e6)
+    files, hashes = distinct_images([(images, ["0.png"])])
+    with pytest.raises(PipelineError, match=r"0\.png: features are not finite in float16"):
+        extract(files, hashes, encoder, store=tmp_path / "s", out=tmp_path / "o", shard_rows=3, workers=0)
+
+
+def broken_stores(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    first = sorted(folder.glob("*.h5"))[0]
+    index = folder / INDEX
+    yield first.name, first.unlink
+    yield first.name, lambda: overwrite(first, b"")
+    yield first.name, lambda: overwrite(first, sorted(folder.glob("*.h5"))[1].read_bytes())
+    yield str(folder), index.unlink
+    yield str(folder), lambda: index.write_text("{")
+    yield str(folder), lambda: index.write_text("[]")
+    yield str(folder), lambda: index.write_text('{"shards": [], "spec": {}}')
+    yield str(folder), lambda: index.write_text(index.read_text().replace('"width": 32', '"width": 33'))
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_store_that_is_not_whole_is_an_error_by_name(run: Extract, tmp_path: Path, number: int) -> None:
+    run("01234")
+    named, break_it = list(broken_stores(tmp_path / "out"))[number]
+    break_it()
+    with pytest.raises(PipelineError) as caught:
+        by_hash(tmp_path / "out")
+    assert named in caught.value.line()
+    assert len(caught.value.line().splitlines()) == 1
