@@ -164,13 +164,9 @@ def train(
     """Contrastive training, in place."""
     generator, words = torch.Generator().manual_seed(SEED), random.Random(SEED)
     meaning = torch.tensor([sorted(set(scenes)).index(scene) for scene in scenes])
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(pixels) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LR, total_steps=steps, pct_start=WARMUP, cycle_momentum=False
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=WARMUP, cycle_momentum=False)
     model.train()
     progress = tqdm(total=steps, desc="training CLIP")
     for _ in range(EPOCHS):
@@ -178,10 +174,7 @@ def train(
         for rows in order.split(BATCH):
             if len(rows) < BATCH:
                 break
-            captions = [
-                words.choice(CAPTIONS).format(colour=scenes[row][0], shape=scenes[row][1])
-                for row in rows.tolist()
-            ]
+            captions = [words.choice(CAPTIONS).format(colour=scenes[row][0], shape=scenes[row][1]) for row in rows.tolist()]
             texts = encode_texts(model, tokenizer, captions)
             same = meaning[rows][:, None] == meaning[rows][None]
             loss = sum(

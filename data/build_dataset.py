@@ -167,8 +167,7 @@ def write_lines(path: Path, lines: list[str]) -> None:
 def write_split(split: str, scenes: dict[int, Scene], questions: list[Question]) -> None:
     """The captions and questions of one split."""
     captions = [
-        make_record(split, picture, CAPTION_REQUEST, f"A {scene.colour} {scene.shape}.")
-        for picture, scene in scenes.items()
+        make_record(split, picture, CAPTION_REQUEST, f"A {scene.colour} {scene.shape}.") for picture, scene in scenes.items()
     ]
     answers = [make_record(split, q.picture, q.text, phrase_answer(q.answer)) for q in questions]
     write_lines(OUT / f"captions{SPLITS[split]}.jsonl", captions)

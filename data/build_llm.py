@@ -115,10 +115,7 @@ def read_lessons() -> Lessons:
 
 def describe(scene: Scene, words: random.Random, level: float) -> str:
     """A scene in words, one to three times, among sentences that say nothing of it."""
-    parts = [
-        words.choice(DESCRIPTIONS).format(c=scene[0], s=scene[1])
-        for _ in range(words.choice((1, 1, 1, 2, 3)))
-    ]
+    parts = [words.choice(DESCRIPTIONS).format(c=scene[0], s=scene[1]) for _ in range(words.choice((1, 1, 1, 2, 3)))]
     for _ in range(round(level * words.choice((0, 0, 1, 2, 3, 4, 6)))):
         parts.insert(words.randint(0, len(parts)), words.choice(FILLERS))
     return " ".join(parts)
@@ -315,9 +312,7 @@ def main() -> None:
     started = time.perf_counter()
     train(model, Writer(tokenizer, lessons))
     print(f"trained in {time.perf_counter() - started:.0f} s")
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     shutil.rmtree(OUT, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(OUT)
     tokenizer.save_pretrained(OUT)

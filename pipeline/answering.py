@@ -115,6 +115,7 @@ class Assistant:
     ) -> None:
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         nothing = torch.empty(0, self.encoder.tokens, self.encoder.width, dtype=torch.float16)
+        shown = torch.stack(features) if features else nothing
         try:
             torch.manual_seed(sampling.seed)
             with autocast(self.precision, self.device):
@@ -123,7 +124,7 @@ class Assistant:
                     self.builder,
                     [prompt.ids],
                     [prompt.images],
-                    torch.stack(features) if features else nothing,
+                    shown,
                     max_new_tokens=sampling.max_new_tokens,
                     device=self.device,
                     streamer=streamer,

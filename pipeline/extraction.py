@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pipeline.errors import RESOURCE, PipelineError
 from pipeline.features import INDEX
-from pipeline.files import link_or_copy, write_json
+from pipeline.files import link_or_copy, remove_leftovers, write_json
 from pipeline.images import ImageError, ImageRoot, digest
 from pipeline.shards import Shard, shard_name, write_shard
 from pipeline.vision import Encoder, Preprocessor, fingerprint
@@ -100,6 +100,7 @@ def extract(
     spec = encoder.spec()
     folder = store / fingerprint(spec)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     parts = [slice(start, start + shard_rows) for start in range(0, len(files), shard_rows)]
     names = [shard_name(fingerprint(spec), hashes[part]) for part in parts]
     todo = [number for number, name in enumerate(names) if not (folder / name).exists()]

@@ -73,6 +73,20 @@ def link_or_copy(source: Path, target: Path) -> bool:
         return False
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of processes that were killed; those of living ones stay."""
+    for path in folder.glob(".*.tmp"):
+        process = path.name.split(".")[-2]
+        if not process.isdigit():
+            continue
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except PermissionError:  # alive, another user's
+            continue
+
+
 def main_checkout(folder: Path | None = None) -> Path:
     """The checkout that owns this workspace: DVC's temporary workspaces lie under its .dvc folder."""
     here = (folder or Path()).resolve()

@@ -37,6 +37,15 @@ def pick_precision(requested: str, device: torch.device) -> str:
     return "float32"
 
 
+def pick_attention(device: torch.device, longest: int) -> str:
+    """Transformers' attention implementation: on a CPU the fused one's backward is slower until rows get long.
+
+    Measured on two Zen 5 cores in bfloat16: 0.11 against 0.25 s a step at 82 tokens and hidden size 128, 1.31 against
+    1.94 s at 250 tokens and 512, level near 512 tokens, the other way at 640. Both compute the same function.
+    """
+    return "eager" if device.type == "cpu" and longest <= 512 else "sdpa"
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context for forward passes: float32 switches autocast off."""
     dtype = DTYPES[precision]

@@ -39,7 +39,8 @@ def splice(embeddings: torch.Tensor, features: torch.Tensor, row: torch.Tensor, 
         features: [S, P, D], one run an image.
         row, start: int64 [S], the row of each run and the position of its first placeholder.
 
-    Returns a new [B, T, D]; gradients flow to both inputs. Raises ValueError when counts do not match or a run leaves its row.
+    Returns a new [B, T, D]; gradients flow to both inputs. Raises ValueError when counts do not
+    match; that runs lie within their rows is `collate`'s to check, since asking the device here would stall it.
     """
     if not len(features) == len(row) == len(start):
         raise ValueError(f"{len(features)} images' features for {len(row)} runs of placeholders")

@@ -4,16 +4,19 @@
     /image_sha256  uint8   [n, 32]      whose row it is
     /row_xxh3      uint64  [n]          checksum of each row's bytes
     attributes     format, fingerprint, spec (JSON), library versions
+    last 40 bytes  a seal behind HDF5's end of file: where the rows lie, and a checksum of every byte that is no row
 
 Any HDF5 tool opens it. Equal content gives equal bytes: no times, no names of machines, attributes in a fixed order.
+The seal is checked before HDF5 sees the file, because a damaged header can end the process inside its library.
 """
 
 import json
 import os
+import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -24,6 +27,7 @@ from pipeline.files import publish
 from pipeline.vision import fingerprint
 
 FORMAT = 1
+SEAL = b"GLANCE01"
 
 
 def shard_name(print_: str, hashes: np.ndarray) -> str:
@@ -86,9 +90,43 @@ def write_shard(path: Path, hashes: np.ndarray, spec: dict[str, Any], batches: I
                 raise ValueError(f"{done} rows for {len(hashes)} images")
             _write_all(handle, hashes.tobytes(), offsets["image_sha256"])
             _write_all(handle, sums.tobytes(), offsets["row_xxh3"])
+            place = struct.pack("<8sQQ", SEAL, offsets["features"], row_bytes * len(hashes))
+            _write_all(handle, place + _digest(temporary, place), os.fstat(handle).st_size)
             os.fchmod(handle, 0o444)
         finally:
             os.close(handle)
+
+
+def _digest(path: Path, place: bytes) -> bytes:
+    """xxh3-128 of every byte of a shard but its rows and this digest; `place` says where the rows lie."""
+    _, offset, size = struct.unpack("<8sQQ", place)
+    found = xxhash.xxh3_128(place)
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end < offset + size:
+            raise ValueError("shorter than its rows")
+        tail = end - len(place) - 16 if _has_seal(file, end) else end
+        for start, stop in ((0, offset), (offset + size, tail)):
+            file.seek(start)
+            found.update(file.read(stop - start))
+    return found.digest()
+
+
+def _has_seal(file: BinaryIO, end: int) -> bool:
+    file.seek(max(0, end - 40))
+    return file.read(8) == SEAL
+
+
+def check_seal(path: Path) -> None:
+    """Raises ValueError unless every byte outside the rows is as it was written."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end < 40 or not _has_seal(file, end):
+            raise ValueError("not sealed: cut off or overwritten")
+        file.seek(end - 40)
+        place, digest = file.read(24), file.read(16)
+    if _digest(path, place) != digest:
+        raise ValueError("its header or tables have changed since they were written")
 
 
 def _write_all(handle: int, data: bytes, offset: int) -> None:
@@ -107,6 +145,7 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            check_seal(path)
             with h5py.File(path, "r", locking=False) as file:
                 features = file["features"]
                 if features.external is not None or features.is_virtual or features.dtype != np.float16:
@@ -139,3 +178,14 @@ class Shard:
             if xxhash.xxh3_64_intdigest(out[position].tobytes()) != int(self._sums[row]):
                 raise self._damaged(f"row {row} (image {self.hashes[row].tobytes().hex()[:16]}…) fails its checksum")
             self._verified[row] = True
+
+    def bad_rows(self) -> Iterator[tuple[int, str]]:
+        """Every row that is not what was written, with the reason; reads the whole shard, a block at a time."""
+        for start in range(0, len(self), 256):
+            block = np.array(self._rows[start : start + 256])
+            finite = np.asarray(np.isfinite(block.reshape(len(block), -1)).all(1))
+            for i, row in enumerate(block):
+                if xxhash.xxh3_64_intdigest(row.tobytes()) != int(self._sums[start + i]):
+                    yield start + i, "fails its checksum"
+                elif not finite[i]:
+                    yield start + i, "not finite"

@@ -18,7 +18,7 @@ from pipeline.errors import ARTEFACT, PipelineError
 from pipeline.evaluate import answer_accuracy, heldout_loss
 from pipeline.features import FeatureStore
 from pipeline.files import publish
-from pipeline.hardware import pick_device, pick_precision
+from pipeline.hardware import pick_attention, pick_device, pick_precision
 from pipeline.images import ImageRoot
 from pipeline.model import VisionLanguageModel, build_projector, freeze, hidden_size, load_language_model
 from pipeline.params import Dataset, StageParams, Training
@@ -41,6 +41,8 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     table, heldout = TokenTable(TOKENS / f"{name}.arrow"), TokenTable(TOKENS / "heldout.arrow", limit=params.evaluate.limit)
     builder = _builder(params, encoder, table, heldout)
     model = _model(params, training, encoder, precision, start)
+    longest = int(max(table.lengths.max(), heldout.lengths.max()))
+    model.language_model.set_attn_implementation(pick_attention(device, longest))
     counts = freeze(model, training.train)
     print(
         f"{name}: {counts['projector']:,} projector and {counts['language_model']:,} language-model parameters train, "

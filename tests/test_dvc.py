@@ -92,7 +92,9 @@ def _make_coarse_encoder(clone: Clone) -> None:
     shutil.copy(source / "preprocessor_config.json", target)
     dvc_yaml = clone.folder / "dvc.yaml"
     text = dvc_yaml.read_text(encoding="utf-8")
-    dvc_yaml.write_text(text.replace("    - data/models/clip\n", "    - data/models/clip\n    - data/models/coarse\n"), encoding="utf-8")
+    dvc_yaml.write_text(
+        text.replace("    - data/models/clip\n", "    - data/models/clip\n    - data/models/coarse\n"), encoding="utf-8"
+    )
 
 
 MATRIX = [

@@ -26,7 +26,8 @@ def imports_of(file: str) -> frozenset[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    files = {name.replace(".", "/") + ".py" for name in names if name.split(".")[0] in ("pipeline", "stages")}
+    paths = {name.replace(".", "/") for name in names if name.split(".")[0] in ("pipeline", "stages")}
+    files = {f"{path}.py" for path in paths} | {f"{path}/__init__.py" for path in paths - {"pipeline", "stages"}}
     return frozenset(file for file in files if (ROOT / file).is_file())
 
 

@@ -1,6 +1,7 @@
 """The feature store: a folder of shards and their list; the answer to "the row of this image".
 
 Reads what `stages.extract` wrote (pipeline.extraction). A missing or damaged shard is an error by name, never zeros.
+`python -m pipeline.features verify|info|show` looks after one from the command line.
 """
 
 import json

@@ -1,0 +1,130 @@
+"""`python -m pipeline.features verify | info | show`: is a feature store sound, what is in it, do its features look sane?
+
+Reads data/features (or another folder). `verify` reads every byte; `show` also reads the images that params.yaml names.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from pipeline.errors import ARTEFACT, PipelineError, exit_on_error
+from pipeline.features import INDEX, FeatureStore
+from pipeline.images import ImageRoot, decode, digest
+from pipeline.params import load
+from pipeline.records import read_records
+from pipeline.shards import Shard
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+Folder = Annotated[Path, typer.Argument(help="The folder of shards.")]
+DEFAULT = Path("data/features")
+
+
+@app.command()
+def info(folder: Folder = DEFAULT) -> None:
+    """What the store holds and which encoder made it."""
+    exit_on_error(lambda: _info(folder))
+
+
+@app.command()
+def verify(folder: Folder = DEFAULT) -> None:
+    """Read every byte: seals, checksums, finite values. Bad rows are listed by image; exit code 4 when there are any."""
+    exit_on_error(lambda: _verify(folder))
+
+
+@app.command()
+def show(
+    folder: Folder = DEFAULT,
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("features.png"),
+    count: Annotated[int, typer.Option(min=1, max=64, help="Images to show.")] = 12,
+) -> None:
+    """A contact sheet: images beside their patch features, whose three main directions are drawn as red, green, blue."""
+    exit_on_error(lambda: _show(folder, out, count))
+
+
+def _info(folder: Path) -> None:
+    store = FeatureStore(folder)
+    size = sum((folder / shard.path.name).stat().st_size for shard in store.shards)
+    table = Table(title=f"{folder}: {len(store):,} images, {len(store.shards)} shards, {size / 1e6:,.1f} MB", title_justify="left")
+    table.add_column("encoder")
+    table.add_column("")
+    table.add_row("row", f"[{store.tokens}, {store.width}] float16")
+    for key, value in sorted(store.spec.items()):
+        table.add_row(key, value if isinstance(value, str) else json.dumps(value, sort_keys=True))
+    Console(width=120).print(table)
+
+
+def _verify(folder: Path) -> None:
+    try:
+        listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise PipelineError("no feature store", where=str(folder), remedy="dvc repro extract", code=ARTEFACT) from None
+    bad, rows = [], 0
+    with tqdm(total=sum(entry["rows"] for entry in listed), unit="row", desc="verify", mininterval=0.5) as bar:
+        for entry in listed:
+            try:
+                shard = Shard(folder / entry["file"])
+            except PipelineError as error:
+                bad.append(error.line())
+                continue
+            bad += [
+                f"{shard.path.name}: row {row}, image {shard.hashes[row].tobytes().hex()}: {why}" for row, why in shard.bad_rows()
+            ]
+            rows += len(shard)
+            bar.update(len(shard))
+    for line in bad:
+        print(line, file=sys.stderr)
+    if bad:
+        remedy = "delete the shard here, in .dvc/features and in DVC's cache, then dvc repro -f extract"
+        raise PipelineError(f"{len(bad)} problems", where=str(folder), remedy=remedy, code=ARTEFACT)
+    FeatureStore(folder)  # and the shards are those that the index lists
+    print(f"{folder}: {rows:,} rows in {len(listed)} shards, every byte as it was written")
+
+
+def _show(folder: Path, out: Path, count: int) -> None:
+    store, dataset = FeatureStore(folder), load().data.pretrain
+    root = ImageRoot(dataset.images)
+    files: dict[bytes, tuple[str, bytes]] = {}
+    for record in read_records(dataset.records):
+        for name in record.images:
+            data = root.read(name)
+            files.setdefault(digest(data), (name, data))
+        if len(files) >= count:
+            break
+    shown = list(files.items())[:count]
+    rows = store.locate(np.frombuffer(b"".join(key for key, _ in shown), np.uint8).reshape(-1, 32))
+    colours = main_directions(store.read(rows))
+    side = 128
+    columns = min(4, len(shown))
+    sheet = Image.new("RGB", (columns * (2 * side + 12), -(-len(shown) // columns) * (side + 8)), "white")
+    for i, (_, (name, data)) in enumerate(shown):
+        x, y = i % columns * (2 * side + 12), i // columns * (side + 8)
+        sheet.paste(decode(data, where=name).resize((side, side)), (x, y))
+        sheet.paste(Image.fromarray(colours[i]).resize((side, side), Image.Resampling.NEAREST), (x + side, y))
+    sheet.save(out)
+    print(f"{out}: {len(shown)} images, each beside its {store.tokens} patches")
+
+
+def main_directions(features: torch.Tensor) -> np.ndarray:
+    """Patch features [n, P, Dv] -> uint8 [n, side, side, 3]: their three principal components over all n images."""
+    count, tokens, width = features.shape
+    side = round(tokens**0.5)
+    values = features.float().reshape(-1, width)
+    torch.manual_seed(0)
+    _, _, directions = torch.pca_lowrank(values, q=3)
+    parts = (values - values.mean(0)) @ directions  # [n × P, 3]
+    low, high = parts.quantile(0.01, 0), parts.quantile(0.99, 0)
+    scaled = ((parts - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+    return (scaled * 255).to(torch.uint8).reshape(count, side, side, 3).numpy()
+
+
+if __name__ == "__main__":
+    app()
