@@ -24,13 +24,14 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 demo: $(BIN)/.installed
 	@dvc repro
 	@python -m pipeline.report
+	@echo; echo 'data/samples/test-7.png (held out)   "what color is the shape?"'
 	@python -m pipeline.chat data/samples/test-7.png "what color is the shape?"
 
 test: $(BIN)/.installed
-	@python -m pytest -n 2 -m "not slow and not gpu"
+	@python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(BIN)/.installed
-	@python -m pytest -n 2 -m "not gpu"
+	@python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 check: $(BIN)/.installed
 	@ruff check . && ruff format --check . && mypy

@@ -150,7 +150,7 @@ def _encode(files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, worker
     pixels = DataLoader(
         _Pixels(files, hashes, encoder.preprocess), batch_size=encoder.batch, num_workers=workers, collate_fn=_stack
     )
-    done = 0
+    done, began = 0, time.perf_counter()
     with tqdm(total=len(files), unit="image", desc="extract", mininterval=0.5) as bar:
         for batch in pixels:
             if isinstance(batch, PipelineError):
@@ -158,6 +158,9 @@ def _encode(files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, worker
             yield from encoder.encode(batch, [file.where for file in files[done : done + len(batch)]]).numpy()
             done += len(batch)
             bar.update(len(batch))
+            if done == 2 * len(batch):  # the first batch warms up
+                rate = bar.n / (time.perf_counter() - began)
+                bar.write(f"extract: about {(len(files) - done) / rate:,.0f} s to go at {rate:,.0f} images/s")
 
 
 def _rows(hashes: np.ndarray, known: _Known, stream: Iterator[np.ndarray], row: tuple[int, int]) -> Iterable[np.ndarray]:

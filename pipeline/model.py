@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, S images in the batch, P patches, Dv vision width, D h
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
@@ -86,6 +87,15 @@ class VisionLanguageModel(nn.Module):
         loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
         router = getattr(output, "aux_loss", None) if self.router_trains else None
         return loss, loss.new_zeros(()) if router is None else router * self.language_model.config.router_aux_loss_coef
+
+
+def frozen_digest(model: VisionLanguageModel) -> str:
+    """Checksum of every parameter that does not train: equal before and after training, or something else wrote to it."""
+    found = xxhash.xxh3_128()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def hidden_size(language_model: PreTrainedModel) -> int:

@@ -20,7 +20,7 @@ from pipeline.features import FeatureStore
 from pipeline.files import publish
 from pipeline.hardware import pick_attention, pick_device, pick_precision
 from pipeline.images import ImageRoot
-from pipeline.model import VisionLanguageModel, build_projector, freeze, hidden_size, load_language_model
+from pipeline.model import VisionLanguageModel, build_projector, freeze, frozen_digest, hidden_size, load_language_model
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
 from pipeline.text import PromptBuilder
@@ -53,7 +53,10 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     source, heldout_source = _sources(training.features, encoder, ((table, dataset), (heldout, params.data.heldout)), cache)
     schedule = Schedule(**{key: getattr(training, key) for key in Schedule.__dataclass_fields__})
     model.to(accelerator.device)
+    before = frozen_digest(model)
     history = train(model, table, source, schedule, accelerator, image_id=builder.image_id, name=name)
+    if frozen_digest(model) != before or any(p.grad is not None for p in model.parameters() if not p.requires_grad):
+        raise AssertionError("a frozen parameter has changed or has a gradient")
     _save(params, model, encoder, builder, training.train, start, Path("models") / name)
     _write_history(Path("results") / name / "history.csv", history)
     return _measure(params, training, model, heldout, heldout_source, accelerator, builder) | {

@@ -119,6 +119,7 @@ def test_a_second_repro_runs_nothing(clone: Clone) -> None:
     assert clone.stages_run("dvc", "repro") == []
 
 
+@pytest.mark.slow
 def test_going_back_to_earlier_params_takes_the_results_from_the_cache(clone: Clone) -> None:
     assert clone.stages_run("dvc", "exp", "run", "-S", "sft.lr=4e-4") == ["sft"]
     before = (clone.folder / "dvc.lock").read_text()
@@ -131,8 +132,8 @@ def test_going_back_to_earlier_params_takes_the_results_from_the_cache(clone: Cl
     ("change", "words"),
     [
         ("pretrain.lr=fast", ["pretrain.lr", "number", "fast"]),
-        ("pretrain.lr=7", ["pretrain.lr", "less than or equal to 1"]),
-        ("+pretrain.learning_rate=1", ["pretrain.learning_rate", "unknown"]),
+        pytest.param("pretrain.lr=7", ["pretrain.lr", "less than or equal to 1"], marks=pytest.mark.slow),
+        pytest.param("+pretrain.learning_rate=1", ["pretrain.learning_rate", "unknown"], marks=pytest.mark.slow),
         ("+pretrain.wormup=1", ["pretrain.wormup", "did you mean pretrain.warmup?"]),
     ],
 )
