@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.errors import BAD_ROWS, PipelineError, brief
 
@@ -103,10 +103,10 @@ def decode(data: bytes, *, where: str) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise ImageError(f"{width}×{height} pixels, more than {MAX_PIXELS:,}", where=where)
             return _to_rgb(ImageOps.exif_transpose(image), where)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
-    except MemoryError:
-        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"not a picture in a known format ({', '.join(FORMATS)})", where=where) from None
     except Exception as error:
         raise ImageError(f"not a picture that can be decoded: {brief(error)}", where=where) from None
 

@@ -27,18 +27,20 @@ def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
 def tables(found: dict[str, dict[str, Any]]) -> list[Table]:
     """The held-out results and what each stage cost."""
     pretrain, sft, extract = found["pretrain"], found["sft"], found["extract"]
-    results = Table(title=f"{sft['questions']:,} held-out questions, exact match", title_justify="left")
-    for column in ("model", "accuracy", "loss"):
-        results.add_column(column, justify="left" if column == "model" else "right")
+    results = Table()
+    results.add_column(f"{sft['questions']:,} held-out questions, exact match")
+    for column in ("accuracy", "loss"):
+        results.add_column(column, justify="right")
     for name, accuracy, loss in (
         ("blind: image features zeroed", f"{max(pretrain['accuracy_blind'], sft['accuracy_blind']):.2%}", ""),
         ("projector only", f"{pretrain['accuracy']:.2%}", f"{pretrain['loss']:.4f}"),
         ("after SFT", f"{sft['accuracy']:.2%}", f"{sft['loss']:.4f}"),
     ):
         results.add_row(name, accuracy, loss)
-    costs = Table(title=f"cost; feature cache {extract['cache_mb']:,.1f} MB for {extract['images']:,} images", title_justify="left")
-    for column in ("stage", "seconds", "peak memory, GB"):
-        costs.add_column(column, justify="left" if column == "stage" else "right")
+    costs = Table()
+    costs.add_column(f"feature cache: {extract['cache_mb']:,.1f} MB for {extract['images']:,} images")
+    for column in ("seconds", "peak memory, GB"):
+        costs.add_column(column, justify="right")
     for stage in STAGES:
         costs.add_row(stage, f"{found[stage]['seconds']:.1f}", f"{found[stage]['peak_memory_gb']:.2f}")
     return [results, costs]
@@ -49,9 +51,10 @@ def main() -> None:
     for table in tables(read_metrics(Path("metrics"))):
         console.print(table)
     console.print(
-        "Curves: dvc plots show (writes dvc_plots/index.html)   Figures: dvc metrics show\n"
-        "Next:   dvc exp run -S pretrain.lr=1e-3     re-trains on the same cached features\n"
-        '        python -m pipeline.chat data/samples/test-7.png "what shape is in the image?"',
+        "Curves: dvc plots show, which writes dvc_plots/index.html. Figures: dvc metrics show\n"
+        "Try:    source .venv/bin/activate\n"
+        "        dvc exp run -S pretrain.lr=2e-3          trains again on the cached features\n"
+        "        python -m pipeline.chat data/samples/test-11.png",
         highlight=False,
         soft_wrap=True,
     )
