@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, S images in the batch, P patches, Dv vision width, D hidden size, V vocabulary.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -91,10 +92,14 @@ class VisionLanguageModel(nn.Module):
 
 def frozen_digest(model: VisionLanguageModel) -> str:
     """Checksum of every parameter that does not train: equal before and after training, or something else wrote to it."""
+    return weights_digest(p for p in model.parameters() if not p.requires_grad)
+
+
+def weights_digest(parameters: Iterable[torch.Tensor]) -> str:
+    """Checksum of tensors' bytes, in order."""
     found = xxhash.xxh3_128()
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for parameter in parameters:
+        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -91,6 +91,7 @@ class Runtime(Section):
     tokenize_workers: Positive
     extract_batch: Positive
     live_cache_mb: Count
+    save_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     eval_batch: Positive
 
 

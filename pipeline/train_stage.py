@@ -5,10 +5,12 @@ starts from; nothing else differs between them.
 """
 
 import csv
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -17,16 +19,25 @@ from pipeline.checkpoint import Manifest
 from pipeline.errors import ARTEFACT, PipelineError
 from pipeline.evaluate import answer_accuracy, heldout_loss
 from pipeline.features import FeatureStore
-from pipeline.files import publish
+from pipeline.files import main_checkout, publish
 from pipeline.hardware import pick_attention, pick_device, pick_precision
 from pipeline.images import ImageRoot
-from pipeline.model import VisionLanguageModel, build_projector, freeze, frozen_digest, hidden_size, load_language_model
+from pipeline.model import (
+    VisionLanguageModel,
+    build_projector,
+    freeze,
+    frozen_digest,
+    hidden_size,
+    load_language_model,
+    weights_digest,
+)
 from pipeline.params import Dataset, StageParams, Training
+from pipeline.resume import Resume
 from pipeline.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
-from pipeline.training import MIXED, Schedule, train
-from pipeline.vision import Encoder
+from pipeline.training import MIXED, Keeper, Schedule, train
+from pipeline.vision import Encoder, fingerprint
 
 TOKENS, FEATURES = Path("data/tokens"), Path("data/features")
 
@@ -54,15 +65,46 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     schedule = Schedule(**{key: getattr(training, key) for key in Schedule.__dataclass_fields__})
     model.to(accelerator.device)
     before = frozen_digest(model)
-    history = train(model, table, source, schedule, accelerator, image_id=builder.image_id, name=name)
+    resume = _resume(params, training, schedule, model, encoder, table, precision, name)
+    keeper = Keeper(resume, minutes=params.runtime.save_minutes)
+    history = train(model, table, source, schedule, accelerator, image_id=builder.image_id, name=name, keeper=keeper)
     if frozen_digest(model) != before or any(p.grad is not None for p in model.parameters() if not p.requires_grad):
         raise AssertionError("a frozen parameter has changed or has a gradient")
     _save(params, model, encoder, builder, training.train, start, Path("models") / name)
     _write_history(Path("results") / name / "history.csv", history)
-    return _measure(params, training, model, heldout, heldout_source, accelerator, builder) | {
+    figures = _measure(params, training, model, heldout, heldout_source, accelerator, builder)
+    resume.clear()
+    return figures | {
         "train_loss": round(sum(row["loss"] for row in history[-20:]) / len(history[-20:]), 6),
         "steps": len(history),
     }
+
+
+def _resume(
+    params: StageParams,
+    training: Training,
+    schedule: Schedule,
+    model: VisionLanguageModel,
+    encoder: Encoder,
+    table: TokenTable,
+    precision: str,
+    name: str,
+) -> Resume:
+    """A run's key: its numbers, its rows, the encoder and every weight it starts from."""
+    tokens = xxhash.xxh3_128()
+    with table.path.open("rb") as file:
+        while block := file.read(1 << 24):
+            tokens.update(block)
+    depends = {
+        "schedule": asdict(schedule),
+        "train": training.train,
+        "projector": params.projector.kind,
+        "precision": precision,
+        "encoder": encoder.spec(),
+        "tokens": tokens.hexdigest(),
+        "weights": weights_digest(model.parameters()),
+    }
+    return Resume(main_checkout() / ".dvc" / "tmp" / "resume", name, fingerprint(depends))
 
 
 def _encoder(params: StageParams, device: torch.device) -> Encoder:

@@ -4,6 +4,8 @@ accelerate owns the device, mixed precision and scaling. The loss of a step is t
 by their number, however the step is cut into micro-batches, so accumulating changes nothing but rounding.
 """
 
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +20,10 @@ from tqdm import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 from pipeline.batches import Batch, collate, plan_epoch, split_by_tokens
-from pipeline.errors import NUMERIC, USAGE, PipelineError
+from pipeline.errors import INTERRUPTED, NUMERIC, USAGE, PipelineError
 from pipeline.hardware import peak_memory_gb
 from pipeline.model import VisionLanguageModel
+from pipeline.resume import Resume
 from pipeline.sources import FeatureSource
 from pipeline.tokens import TokenTable
 
@@ -61,16 +64,16 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, weight_decay: float) ->
     if not trained:
         raise PipelineError("no parameter trains", remedy="set train", code=USAGE)
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay, "initial_lr": lr},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "initial_lr": lr},
     ]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def plan_work(table: TokenTable, schedule: Schedule, epoch: int) -> Iterator[Work]:
-    """The micro-batches of an epoch, in order."""
+def plan_work(table: TokenTable, schedule: Schedule, epoch: int, skip: int = 0) -> Iterator[Work]:
+    """The micro-batches of an epoch, in order, from its step `skip` on."""
     steps = plan_epoch(table.lengths, batch_size=schedule.batch_size, seed=schedule.seed, epoch=epoch)
-    for rows in steps:
+    for rows in steps[skip:]:
         parts = split_by_tokens(rows, table.lengths, schedule.micro_tokens)
         share = 1.0 / int(table.supervised[rows].sum())
         for number, part in enumerate(parts, start=1):
@@ -104,29 +107,33 @@ def train(
     *,
     image_id: int,
     name: str,
+    keeper: "Keeper | None" = None,
 ) -> list[dict[str, float]]:
-    """Train in place; returns the history, a row a step: step, epoch, loss (per supervised token), lr, grad_norm, tokens.
+    """Train in place; returns the history, a row a step: step, epoch, loss (per supervised token), lr, grad_norm.
 
-    Raises `PipelineError` before the update that a non-finite loss or gradient would spoil.
+    `keeper` saves the state now and then and brings an interrupted run back; without one a run starts at its beginning.
+    Raises `PipelineError` before the update that a non-finite loss or gradient would spoil, and when told to stop.
     """
     steps_per_epoch = -(-len(table) // schedule.batch_size)
     steps = steps_per_epoch * schedule.epochs
     optimizer = make_optimizer(model, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    history = keeper.start(model, optimizer, accelerator.scaler) if keeper else []
     scheduler = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
-        optimizer, max(1, round(schedule.warmup * steps)), steps, min_lr_rate=schedule.min_lr
+        optimizer, max(1, round(schedule.warmup * steps)), steps, last_epoch=len(history) - 1, min_lr_rate=schedule.min_lr
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     wrapped.train()
-    meter = _Meter(steps, name, table, accelerator.device)
+    meter = _Meter(steps, len(history), name, table, accelerator.device)
 
     def load(work: Work) -> tuple[Batch, Any]:
         batch = collate(table, work.rows, image_id=image_id, tokens=source.tokens)
         return batch, source.load(batch.slots)
 
-    history: list[dict[str, float]] = []
-    for epoch in range(schedule.epochs):
+    for epoch in range(len(history) // steps_per_epoch, schedule.epochs):
         total = torch.zeros((), device=accelerator.device)
-        for work, (batch, loaded) in meter.waiting(run_ahead(plan_work(table, schedule, epoch), load)):
+        planned = plan_work(table, schedule, epoch, skip=len(history) - epoch * steps_per_epoch)
+        torch.manual_seed(schedule.seed + len(history))  # dropout, where a model has any, follows from the step
+        for work, (batch, loaded) in meter.waiting(run_ahead(planned, load)):
             batch = batch.to(accelerator.device)
             loss, router = wrapped(batch, source.features(loaded).to(accelerator.device, non_blocking=True))
             accelerator.backward(loss * work.share + router / work.parts)
@@ -151,6 +158,9 @@ def train(
             history.append(row)
             meter.show(row)
             total.zero_()
+            torch.manual_seed(schedule.seed + len(history))
+            if keeper:
+                keeper.after_step(model, optimizer, history, accelerator.scaler, last=len(history) == steps)
     meter.close()
     accelerator.free_memory()
     return history
@@ -167,11 +177,46 @@ def _require_finite(loss: torch.Tensor, norm: torch.Tensor, step: int, schedule:
     )
 
 
+class Keeper:
+    """Saves the state every so many minutes, at the end, and when a signal asks the run to stop."""
+
+    def __init__(self, resume: Resume, *, minutes: float) -> None:
+        self._resume, self._seconds = resume, 60 * minutes
+        self._saved, self._stop = time.monotonic(), False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._ask_to_stop)
+
+    def _ask_to_stop(self, number: int, _frame: object) -> None:
+        self._stop = True
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+
+    def start(self, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, scaler: Any) -> list[dict[str, float]]:
+        """The history of the state that was brought back, empty for a fresh run."""
+        history = self._resume.load(model, optimizer, scaler)
+        if history:
+            print(f"resume: going on after step {len(history)}", flush=True)
+        return history
+
+    def after_step(
+        self, model: VisionLanguageModel, optimizer: Any, history: list[dict[str, float]], scaler: Any, *, last: bool
+    ) -> None:
+        """Save when it is time; raises `PipelineError` when the run was asked to stop."""
+        if not (last or self._stop or time.monotonic() - self._saved >= self._seconds):
+            return
+        self._resume.save(model, getattr(optimizer, "optimizer", optimizer), history, scaler)
+        self._saved = time.monotonic()
+        if self._stop and not last:
+            raise PipelineError(
+                f"stopped after step {len(history)}, state saved", remedy="the same command goes on", code=INTERRUPTED
+            )
+
+
 class _Meter:
     """One progress line: loss, lr, tokens/s, padding share, share of the time spent waiting for data, memory."""
 
-    def __init__(self, steps: int, name: str, table: TokenTable, device: torch.device) -> None:
-        self._bar = tqdm(total=steps, desc=name, unit="step", mininterval=0.5)
+    def __init__(self, steps: int, done: int, name: str, table: TokenTable, device: torch.device) -> None:
+        self._bar = tqdm(total=steps, initial=done, desc=name, unit="step", mininterval=0.5)
         self._table, self._device = table, device
         self._began, self._waited, self._padded, self._real = time.perf_counter(), 0.0, 0, 0
 

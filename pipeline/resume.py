@@ -1,0 +1,73 @@
+"""State of a training run that is not finished, so that the same command goes on where it stopped, bit for bit.
+
+Lies outside DVC's outputs, which DVC deletes before a run, under the main checkout's .dvc/tmp/resume, so an experiment in
+a temporary workspace finds it too. Its key is everything the result depends on: a state of other parameters, data or
+weights is never picked up. Order, learning rate and random numbers are functions of the step, so weights, optimiser
+moments and the history are all there is to keep.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.files import publish_folder
+
+KEPT = 3  # unfinished runs of a stage whose states are kept
+
+
+class Resume:
+    """The states of one run, in `folder`/`stage`-`key`; each is a folder named by its step."""
+
+    def __init__(self, folder: Path, stage: str, key: str) -> None:
+        self._parent, self._stage = folder, stage
+        self.folder = folder / f"{stage}-{key}"
+
+    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, float]], scaler: Any) -> None:
+        """Write the state after `len(history)` steps whole or not at all; earlier ones of this run are then removed."""
+        target = self.folder / f"{len(history):08d}"
+        with publish_folder(target) as temporary:
+            tensors = {f"model.{name}": p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+            for number, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{name}": value.cpu().contiguous().clone() for name, value in state.items()}
+            save_file(tensors, temporary / "state.safetensors")
+            notes = {"history": history, "scaler": scaler.state_dict() if scaler is not None else None}
+            (temporary / "state.json").write_text(json.dumps(notes), encoding="utf-8")
+        for path in self.folder.iterdir():
+            if path.name != target.name:
+                shutil.rmtree(path, ignore_errors=True)
+        runs = sorted(self._parent.glob(f"{self._stage}-*"), key=lambda path: path.stat().st_mtime)
+        for path in runs[:-KEPT]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: Any) -> list[dict[str, float]]:
+        """Put the newest readable state into model and optimiser; returns its history, empty when there is none."""
+        for folder in sorted((path for path in self.folder.glob("[0-9]*") if path.is_dir()), reverse=True):
+            try:
+                tensors = load_file(folder / "state.safetensors")
+                notes = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError, SafetensorError):
+                print(f"resume: {folder} is not readable and is passed over", flush=True)
+                continue
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if parameter.requires_grad:
+                        parameter.copy_(tensors[f"model.{name}"])
+            states: dict[int, dict[str, torch.Tensor]] = {}
+            for name, tensor in tensors.items():
+                if name.startswith("optimizer."):
+                    _, number, part = name.split(".")
+                    states.setdefault(int(number), {})[part] = tensor
+            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+            if scaler is not None and notes["scaler"]:
+                scaler.load_state_dict(notes["scaler"])
+            return list(notes["history"])
+        return []
+
+    def clear(self) -> None:
+        """The run is finished: its states are of no more use."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,165 @@
+"""An interrupted training run goes on where it stopped and ends with the bits of one that was never interrupted."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from conftest import ROWS, World
+from test_training import SCHEDULE, bits
+
+from pipeline.errors import INTERRUPTED, PipelineError
+from pipeline.model import VisionLanguageModel
+from pipeline.params import override, read_yaml
+from pipeline.resume import Resume
+from pipeline.sources import StoredFeatures
+from pipeline.training import Keeper, train
+
+ROOT = Path(__file__).parent.parent
+STEPS = 2 * -(-len(ROWS) // SCHEDULE.batch_size)
+
+
+class Stopping(Keeper):
+    """Asks the run to stop after a number of steps of this attempt, as a signal would."""
+
+    def __init__(self, resume: Resume, steps: int) -> None:
+        super().__init__(resume, minutes=0)
+        self.left = steps
+
+    def after_step(self, *arguments: object, **options: object) -> None:
+        self.left -= 1
+        self._stop = self.left == 0
+        super().after_step(*arguments, **options)  # type: ignore[arg-type]
+
+
+def attempt(world: World, what: str, keeper: Keeper | None) -> tuple[VisionLanguageModel, list[dict[str, float]]]:
+    model = world.model(what)
+    source = StoredFeatures(world.store, world.table)
+    accelerator = Accelerator(mixed_precision="no", cpu=True)
+    history = train(model, world.table, source, SCHEDULE, accelerator, image_id=world.builder.image_id, name="t", keeper=keeper)
+    return model, history
+
+
+@pytest.mark.parametrize("what", ["projector", "projector+ends", "all"])
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_a_run_stopped_again_and_again_ends_with_the_bits_of_an_undisturbed_one(
+    world: World, tmp_path: Path, what: str, stride: int
+) -> None:
+    whole, history = attempt(world, what, None)
+    assert len(history) == STEPS
+    codes = []
+    while True:
+        try:
+            resumed, pieces = attempt(world, what, Stopping(Resume(tmp_path, "t", "k"), stride))
+            break
+        except PipelineError as error:
+            codes.append(error.code)
+    assert codes == [INTERRUPTED] * ((STEPS - 1) // stride)
+    assert bits(resumed) == bits(whole)
+    assert pieces == history
+
+
+def test_a_finished_run_is_not_trained_again(world: World, tmp_path: Path) -> None:
+    resume = Resume(tmp_path, "t", "k")
+    first, history = attempt(world, "projector", Keeper(resume, minutes=60))
+    second, again = attempt(world, "projector", Stopping(resume, 1))  # would stop at the first step it made
+    assert again == history
+    assert bits(second) == bits(first)
+    resume.clear()
+    assert not resume.folder.exists()
+
+
+def test_a_damaged_newest_state_is_passed_over_aloud(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resume = Resume(tmp_path, "t", "k")
+    with pytest.raises(PipelineError):
+        attempt(world, "projector", Stopping(resume, 2))
+    (newest,) = resume.folder.iterdir()
+    shutil.copytree(newest, resume.folder / "00000009")
+    (resume.folder / "00000009/state.safetensors").write_bytes(b"half")
+    resumed, history = attempt(world, "projector", Keeper(resume, minutes=60))
+    assert "00000009 is not readable" in capsys.readouterr().out
+    whole, undisturbed = attempt(world, "projector", None)
+    assert (bits(resumed), history) == (bits(whole), undisturbed)
+
+
+def test_only_the_last_unfinished_runs_are_kept(world: World, tmp_path: Path) -> None:
+    for key in "abcdef":
+        with pytest.raises(PipelineError):
+            attempt(world, "projector", Stopping(Resume(tmp_path, "t", key), 1))
+        time.sleep(0.02)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t-d", "t-e", "t-f"]
+
+
+def test_the_schedule_of_learning_rates_is_unbroken(world: World, tmp_path: Path) -> None:
+    resume = Resume(tmp_path, "t", "k")
+    with pytest.raises(PipelineError):
+        attempt(world, "projector", Stopping(resume, 3))
+    _, pieces = attempt(world, "projector", Keeper(resume, minutes=60))
+    _, whole = attempt(world, "projector", None)
+    assert [row["lr"] for row in pieces] == [row["lr"] for row in whole]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project with a few hundred rows, extracted and tokenised, its models linked."""
+    from ruamel.yaml import YAML
+
+    folder = tmp_path_factory.mktemp("workspace")
+    for name in ("dvc.yaml", "pipeline", "stages"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "data").mkdir()
+    (folder / ".dvc").mkdir()
+    for name in ("easyvqa", "models"):
+        (folder / "data" / name).symlink_to(ROOT / "data" / name)
+    content = read_yaml(ROOT / "params.yaml")
+    override(content, ["data.limit=160", "evaluate.limit=8", "pretrain.batch_size=4", "runtime.save_minutes=0"])
+    with (folder / "params.yaml").open("w", encoding="utf-8") as file:
+        YAML().dump(content, file)
+    for name in ("extract", "tokenize"):
+        assert start(name, folder).wait(timeout=300) == 0
+    return folder
+
+
+def start(name: str, folder: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", f"stages.{name}"]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_stage_ends_with_the_files_of_an_undisturbed_one(workspace: Path, number: signal.Signals) -> None:
+    assert start("pretrain", workspace).wait(timeout=300) == 0
+    expected = outputs(workspace)
+    states = workspace / ".dvc/tmp/resume"
+    kills, seen = 0, -1
+    while True:
+        running = start("pretrain", workspace)
+        while running.poll() is None:
+            steps = [int(path.name) for path in states.glob("pretrain-*/[0-9]*")]
+            if kills < 3 and steps and max(steps) > seen + 15:  # it has got on since the last kill
+                seen = max(steps)
+                kills += 1
+                running.send_signal(number)
+                assert running.wait(timeout=60) != 0
+                break
+            time.sleep(0.01)
+        else:
+            assert running.returncode == 0
+            break
+    assert kills == 3
+    assert outputs(workspace) == expected
+    assert list(states.iterdir()) == []
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    found = [*(folder / "models/pretrain").iterdir(), folder / "results/pretrain/history.csv"]
+    contents = {path.name: path.read_bytes() for path in found}
+    shutil.rmtree(folder / "models")
+    shutil.rmtree(folder / "results")
+    return contents
