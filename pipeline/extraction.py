@@ -158,8 +158,10 @@ def _encode(files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, worker
             yield from encoder.encode(batch, [file.where for file in files[done : done + len(batch)]]).numpy()
             done += len(batch)
             bar.update(len(batch))
-            if done == 2 * len(batch):  # the first batch warms up
-                rate = bar.n / (time.perf_counter() - began)
+            if done == encoder.batch:  # starting the workers and the first batch do not count
+                began = time.perf_counter()
+            elif done == 8 * encoder.batch:
+                rate = (done - encoder.batch) / (time.perf_counter() - began)
                 bar.write(f"extract: about {(len(files) - done) / rate:,.0f} s to go at {rate:,.0f} images/s")
 
 
