@@ -115,13 +115,13 @@ def bomb(width: int, height: int) -> bytes:
 NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8))
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty file"),
-    "HTML": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "decoded"),
+    "HTML": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "known format"),
     "half a PNG": (saved(NOISE)[:2000], "decoded"),
     "half a JPEG": (saved(NOISE, "JPEG")[:600], "decoded"),
     "a header alone": (saved(NOISE)[:20], "decoded"),
     "a bomb": (bomb(60_000, 60_000), "pixels"),
     "just too large": (bomb(MAX_PIXELS // 1000 + 1, 1000), "pixels"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "decoded"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "known format"),
     "floating point": (saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "floating-point"),
     "32 bits": (saved(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "32-bit"),
 }
