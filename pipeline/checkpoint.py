@@ -48,6 +48,7 @@ def save(folder: Path, model: VisionLanguageModel, manifest: Manifest, builder: 
     with publish_folder(folder) as temporary:
         if manifest.own_llm:
             model.language_model.save_pretrained(temporary)
+            builder.tokenizer.init_kwargs.pop("local_files_only", None)  # how it was loaded is no part of the model
             builder.tokenizer.save_pretrained(temporary)
         weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.projector.state_dict().items()}
         save_file(weights, temporary / "projector.safetensors")
