@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 # Exit codes: DVC reports any failure as 255, so the line itself must tell; the codes serve scripts.
-USAGE, BAD_ROWS, ARTEFACT, RESOURCE, BUSY, NUMERIC, INTERRUPTED = 2, 3, 4, 5, 6, 7, 75
+USAGE, BAD_ROWS, ARTEFACT, RESOURCE, NUMERIC, INTERRUPTED = 2, 3, 4, 5, 7, 75
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
