@@ -5,8 +5,11 @@ A traceback from any stage or command is therefore a defect of ours, never of th
 """
 
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NoReturn
 
 # Exit codes: DVC reports any failure as 255, so the line itself must tell; the codes serve scripts.
@@ -55,13 +58,42 @@ def brief(error: BaseException, *, limit: int = 160) -> str:
 
 
 def exit_on_error(work: Callable[[], None]) -> NoReturn:
-    """Run `work`; a `PipelineError` becomes one line on stderr and its exit code."""
+    """Run `work`; a `PipelineError` becomes one line on stderr and its exit code, Ctrl-C one line and 130.
+
+    Whatever a library makes of a Ctrl-C that strikes inside it, this process ends as interrupted.
+    """
+    struck = _watch_interrupts()
     try:
         work()
     except PipelineError as error:
         print(f"error: {error.line()}", file=sys.stderr, flush=True)
         sys.exit(error.code)
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        if not struck and not isinstance(error, KeyboardInterrupt):
+            raise
         print("interrupted: run the same command to go on", file=sys.stderr, flush=True)
         sys.exit(130)
     sys.exit(0)
+
+
+def _watch_interrupts() -> list[bool]:
+    """A list that fills when SIGINT comes; one that Python would swallow (in a fork's hooks, say) is raised again."""
+    struck: list[bool] = []
+    if threading.current_thread() is not threading.main_thread():
+        return struck
+    plain = sys.unraisablehook
+
+    def strike(number: int, frame: FrameType | None) -> None:
+        struck.append(True)
+        signal.default_int_handler(number, frame)
+
+    def ignored(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not struck:
+            plain(unraisable)
+        elif issubclass(unraisable.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)  # raised here it would be swallowed again
+
+    sys.unraisablehook = ignored
+    signal.signal(signal.SIGINT, strike)
+    signal.signal(signal.SIGALRM, strike)
+    return struck

@@ -6,6 +6,7 @@ images in order of first appearance, a fixed number to a shard, whatever was sto
 """
 
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ class _Pixels(Dataset):
             return self._preprocess(data, where=file.where)
         except PipelineError as error:
             return error
+
+
+def _be_quiet(_: int) -> None:
+    """A worker whose parent was interrupted has nothing to report: the parent says it."""
+    sys.excepthook = lambda *_: None
 
 
 def _stack(items: list[np.ndarray | PipelineError]) -> torch.Tensor | PipelineError:
@@ -148,7 +154,11 @@ def _encode(files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, worker
     if not files:
         return
     pixels = DataLoader(
-        _Pixels(files, hashes, encoder.preprocess), batch_size=encoder.batch, num_workers=workers, collate_fn=_stack
+        _Pixels(files, hashes, encoder.preprocess),
+        batch_size=encoder.batch,
+        num_workers=workers,
+        collate_fn=_stack,
+        worker_init_fn=_be_quiet,
     )
     done, began = 0, time.perf_counter()
     with tqdm(total=len(files), unit="image", desc="extract", mininterval=0.5) as bar:
