@@ -52,6 +52,7 @@ class Assistant:
             revision=vision["revision"],
             layer=vision["layer"],
             precision="auto" if vision["spec"]["precision"] == "float16" else vision["spec"]["precision"],
+            storage=vision["spec"].get("storage", "float16"),
             device=self.device,
             batch=1,
         )

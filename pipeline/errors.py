@@ -4,6 +4,8 @@ Every mistake a user can make ends as one line on stderr: what is wrong, where, 
 A traceback from any stage or command is therefore a defect of ours, never of the user's data.
 """
 
+import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -72,8 +74,16 @@ def exit_on_error(work: Callable[[], None]) -> NoReturn:
         if not struck and not isinstance(error, KeyboardInterrupt):
             raise
         print("interrupted: run the same command to go on", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _leave(130)
     sys.exit(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End without tearing libraries down: a data loader that was interrupted halfway can wait for its workers for ever."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _watch_interrupts() -> list[bool]:

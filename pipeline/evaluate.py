@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from pipeline.ahead import run_ahead
 from pipeline.batches import Batch, collate, split_by_tokens
 from pipeline.generation import generate
 from pipeline.model import VisionLanguageModel
 from pipeline.sources import FeatureSource
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
-from pipeline.training import run_ahead
 
 
 @dataclass(frozen=True, slots=True)

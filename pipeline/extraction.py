@@ -8,7 +8,7 @@ images in order of first appearance, a fixed number to a shard, whatever was sto
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from pipeline.ahead import run_ahead
 from pipeline.errors import RESOURCE, PipelineError
-from pipeline.features import INDEX
+from pipeline.features import INDEX, ShardSet
 from pipeline.files import link_or_copy, remove_leftovers, write_json
 from pipeline.images import ImageError, ImageRoot, digest
-from pipeline.shards import Shard, shard_name, write_shard
+from pipeline.shards import Shard, row_bytes, shard_name, write_shard
 from pipeline.vision import Encoder, Preprocessor, fingerprint
 
 
@@ -39,12 +40,13 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """What a run did: images in the output, encoded now, bytes on disk, seconds spent encoding."""
+    """What a run did: images in the output, encoded now, bytes on disk, seconds spent encoding and, of them, waiting."""
 
     images: int
     encoded: int
     bytes: int
     seconds: float
+    waited: float
 
 
 class _Pixels(Dataset):
@@ -77,65 +79,54 @@ def _stack(items: list[np.ndarray | PipelineError]) -> torch.Tensor | PipelineEr
     return bad or torch.from_numpy(np.stack([item for item in items if isinstance(item, np.ndarray)]))
 
 
-class _Known:
-    """Rows that earlier runs stored under this fingerprint, by image hash."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._shards = [Shard(path) for path in sorted(folder.glob("*.h5"))] if folder else []
-        self._rows = {
-            digest_.tobytes(): (number, row)
-            for number, shard in enumerate(self._shards)
-            for row, digest_ in enumerate(shard.hashes)
-        }
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._rows
-
-    def read(self, key: bytes, out: np.ndarray) -> None:
-        number, row = self._rows[key]
-        self._shards[number].read(np.array([row]), out[None])
-
-
 def extract(
-    files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, *, store: Path, out: Path, shard_rows: int, workers: int
+    files: list[ImageFile],
+    hashes: np.ndarray,
+    encoder: Encoder,
+    *,
+    stores: Sequence[Path],
+    out: Path,
+    shard_rows: int,
+    workers: int,
 ) -> Extraction:
     """Write the features of distinct images [n] (hashes uint8 [n, 32]) to `out`; returns what was done.
 
-    Raises `PipelineError` when an image is bad (named), features are not finite, or the disk is too small (both figures).
+    New shards go to the first store; rows that any of them holds are taken over. Raises `PipelineError` when an image is
+    bad (named), features are not finite, or the disk is too small (both figures).
     """
-    spec = encoder.spec()
-    folder = store / fingerprint(spec)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    spec, folders = encoder.spec(), [store / fingerprint(encoder.spec()) for store in stores]
+    folders[0].mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folders[0])
     parts = [slice(start, start + shard_rows) for start in range(0, len(files), shard_rows)]
     names = [shard_name(fingerprint(spec), hashes[part]) for part in parts]
-    todo = [number for number, name in enumerate(names) if not (folder / name).exists()]
-    known = _Known(folder if todo else None)
-    wanted = [i for number in todo for i in range(len(files))[parts[number]] if hashes[i].tobytes() not in known]
-    _announce(len(files), len(wanted), sum(len(hashes[parts[number]]) for number in todo), spec, folder)
-    started = time.perf_counter()
-    stream = _encode([files[i] for i in wanted], hashes[wanted], encoder, workers)
-    for number in todo:
-        batches = _rows(hashes[parts[number]], known, stream, (encoder.tokens, encoder.width))
-        write_shard(folder / names[number], hashes[parts[number]], spec, batches)
-    seconds = time.perf_counter() - started if wanted else 0.0
+    found = [next((folder / name for folder in folders if (folder / name).exists()), None) for name in names]
+    todo = [number for number, path in enumerate(found) if path is None]
+    known = ShardSet([Shard(path) for folder in folders if todo for path in sorted(folder.glob("*.h5"))], encoder.rows)
+    rows = [known.find(hashes[parts[number]]) for number in todo]
+    wanted = [parts[number].start + i for number, stored in zip(todo, rows, strict=True) for i in np.flatnonzero(stored < 0)]
+    _announce(len(files), len(wanted), sum(map(len, rows)), encoder, folders[0])
+    stream = _Stream([files[i] for i in wanted], hashes[wanted], encoder, workers)
+    for number, stored in zip(todo, rows, strict=True):
+        found[number] = folders[0] / names[number]
+        write_shard(found[number], hashes[parts[number]], spec, encoder.rows, _batches(stored, known, stream))
+    stream.report()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    linked = [link_or_copy(folder / name, out / name) for name in names]
+    linked = [link_or_copy(path, out / name) for path, name in zip(found, names, strict=True) if path]
     if not all(linked):
-        print(f"extract: {store} and {out} cannot share files, so features take their space twice")
+        print(f"extract: {stores[0]} and {out} cannot share files, so features take their space twice")
     shards = [{"file": name, "rows": len(hashes[part])} for name, part in zip(names, parts, strict=True)]
     write_json(out / INDEX, {"shards": shards, "spec": spec})
     size = sum(file.stat().st_size for file in out.iterdir())
-    return Extraction(len(files), len(wanted), size, seconds)
+    return Extraction(len(files), len(wanted), size, stream.seconds, stream.waited)
 
 
-def _announce(images: int, encode: int, write: int, spec: dict, folder: Path) -> None:
+def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Path) -> None:
     """Say what it will cost before anything is spent."""
-    row = spec["tokens"] * spec["width"] * 2
+    row, kind = row_bytes(encoder.rows), "int8" if encoder.rows.constants else "float16"
     free = shutil.disk_usage(folder).free
     print(
-        f"extract: {images:,} images × [{spec['tokens']}, {spec['width']}] float16 = {images * row / 1e9:.2f} GB; "
+        f"extract: {images:,} images × [{encoder.tokens}, {encoder.width}] {kind} = {images * row / 1e9:.2f} GB; "
         f"{images - encode:,} known, {encode:,} to encode; {free / 1e9:.0f} GB free",
         flush=True,
     )
@@ -144,65 +135,97 @@ def _announce(images: int, encode: int, write: int, spec: dict, folder: Path) ->
         raise PipelineError(
             f"needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB free",
             where=str(folder),
-            remedy="free space or set data.limit",
+            remedy="free space, set vision.storage: int8 (half), data.limit, or a folder on another disk in runtime.feature_stores",
             code=RESOURCE,
         )
 
 
-def _encode(files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, workers: int) -> Iterator[np.ndarray]:
-    """One row float16 [P, Dv] at a time, in order; decoding runs ahead in worker processes."""
-    if not files:
-        return
-    pixels = DataLoader(
-        _Pixels(files, hashes, encoder.preprocess),
-        batch_size=encoder.batch,
-        num_workers=workers,
-        collate_fn=_stack,
-        worker_init_fn=_be_quiet,
-    )
-    done, began = 0, time.perf_counter()
-    with tqdm(total=len(files), unit="image", desc="extract", mininterval=0.5) as bar:
-        for batch in pixels:
-            if isinstance(batch, PipelineError):
-                raise batch
-            yield from encoder.encode(batch, [file.where for file in files[done : done + len(batch)]]).numpy()
-            done += len(batch)
-            bar.update(len(batch))
-            if done == encoder.batch:  # starting the workers and the first batch do not count
+class _Stream:
+    """Fresh rows in order, one at a time; decoding runs ahead in worker processes.
+
+    `seconds` is what encoding took in all, `waited` how much of it the encoder stood still for want of a decoded picture.
+    """
+
+    def __init__(self, files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, workers: int) -> None:
+        self._files, self._encoder, self._done = files, encoder, 0
+        self.seconds, self.waited = 0.0, 0.0
+        self._loader = DataLoader(
+            _Pixels(files, hashes, encoder.preprocess),
+            batch_size=encoder.batch,
+            num_workers=workers,
+            collate_fn=_stack,
+            worker_init_fn=_be_quiet,
+        )
+        self._rows = self._encode() if files else iter(())
+
+    def __next__(self) -> np.ndarray:
+        return next(self._rows)
+
+    def _encode(self) -> Iterator[np.ndarray]:
+        size, first = self._encoder.batch, 0.0
+        with tqdm(total=len(self._files), unit="image", desc="extract", mininterval=0.5) as bar:
+            asked = time.perf_counter()
+            for batch in self._loader:
+                if isinstance(batch, PipelineError):
+                    raise batch
                 began = time.perf_counter()
-            elif done == 8 * encoder.batch:
-                rate = (done - encoder.batch) / (time.perf_counter() - began)
-                bar.write(f"extract: about {(len(files) - done) / rate:,.0f} s to go at {rate:,.0f} images/s")
+                names = [file.where for file in self._files[self._done : self._done + len(batch)]]
+                rows = self._encoder.encode_rows(batch, names).numpy()
+                yield from rows
+                ended = time.perf_counter()
+                if self._done:  # starting the workers is no waiting for decoding
+                    self.waited += began - asked
+                self.seconds += ended - asked
+                self._done += len(rows)
+                bar.update(len(rows))
+                if self._done == 8 * size and len(self._files) > 16 * size:
+                    rate = 7 * size / (self.seconds - first)
+                    bar.write(f"extract: about {(len(self._files) - self._done) / rate:,.0f} s to go at {rate:,.0f} images/s")
+                elif self._done == size:
+                    first = self.seconds
+                asked = ended
+
+    def report(self) -> None:
+        """Say when the encoder was kept waiting."""
+        if self._done and self.waited > 0.05 * self.seconds:
+            share, each = self.waited / self.seconds, self.waited / self._done
+            print(
+                f"extract: {share:.0%} of the time went by waiting for decoded pictures ({1000 * each:.1f} ms each) "
+                "-> raise runtime.workers",
+                flush=True,
+            )
 
 
-def _rows(hashes: np.ndarray, known: _Known, stream: Iterator[np.ndarray], row: tuple[int, int]) -> Iterable[np.ndarray]:
-    """A shard's rows in order, each from the store or fresh from the encoder, in batches of bounded size."""
-    for start in range(0, len(hashes), 256):
-        part = hashes[start : start + 256]
-        batch = np.empty((len(part), *row), np.float16)
-        for position, digest_ in enumerate(part):
-            key = digest_.tobytes()
-            if key in known:
-                known.read(key, batch[position])
-            else:
-                batch[position] = next(stream)
+def _batches(stored: np.ndarray, known: ShardSet, stream: _Stream) -> Iterator[np.ndarray]:
+    """A shard's rows in order, in batches of bounded size: row `stored[i]` of the known ones, or fresh where it is -1."""
+    for start in range(0, len(stored), 256):
+        numbers = stored[start : start + 256]
+        batch = np.empty((len(numbers), *known.rows.shape), known.rows.dtype)
+        old = np.flatnonzero(numbers >= 0)
+        batch[old] = known.stored(numbers[old])
+        for i in np.flatnonzero(numbers < 0):
+            batch[i] = next(stream)
         yield batch
 
 
-def distinct_images(sources: Iterable[tuple[ImageRoot, Iterable[str]]]) -> tuple[list[ImageFile], np.ndarray]:
+def distinct_images(sources: Iterable[tuple[ImageRoot, Iterable[str]]], *, threads: int = 1) -> tuple[list[ImageFile], np.ndarray]:
     """Distinct images by content, in order of first appearance: files [n] and hashes uint8 [n, 32]."""
     files: list[ImageFile] = []
     hashes: list[bytes] = []
     seen: set[bytes] = set()
-    for root, names in sources:
-        asked: set[str] = set()
-        for name in names:
-            if name in asked:
-                continue
-            asked.add(name)
-            key = digest(root.read(name))
-            if key not in seen:
-                seen.add(key)
-                files.append(ImageFile(root, name))
-                hashes.append(key)
+
+    def named() -> Iterator[ImageFile]:
+        for root, names in sources:
+            asked: set[str] = set()
+            for name in names:
+                if name not in asked:
+                    asked.add(name)
+                    yield ImageFile(root, name)
+
+    read = run_ahead(named(), lambda file: digest(file.root.read(file.name)), depth=4 * threads, threads=threads)
+    for file, key in tqdm(read, desc="extract: reading images", unit="image", mininterval=0.5, leave=False):
+        if key not in seen:
+            seen.add(key)
+            files.append(file)
+            hashes.append(key)
     return files, np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)

@@ -47,6 +47,7 @@ class Vision(Section):
     revision: str
     layer: int
     precision: Precision
+    storage: Literal["float16", "int8"]
     shard_rows: Positive
 
 
@@ -90,6 +91,7 @@ class Runtime(Section):
     workers: Count
     tokenize_workers: Positive
     extract_batch: Positive
+    feature_stores: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     live_cache_mb: Count
     save_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     eval_batch: Positive

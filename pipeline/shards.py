@@ -1,6 +1,7 @@
 """One shard of the feature store: an HDF5 file that is written once, whole, and never opened for writing again.
 
     /features      float16 [n, P, Dv]   contiguous, uncompressed: a row is one read at a known offset
+                   or uint8 [n, bytes]  int8 codes with their scales (pipeline.rows), with /channel_mean, /channel_spread
     /image_sha256  uint8   [n, 32]      whose row it is
     /row_xxh3      uint64  [n]          checksum of each row's bytes
     attributes     format, fingerprint, spec (JSON), library versions
@@ -11,23 +12,26 @@ The seal is checked before HDF5 sees the file, because a damaged header can end 
 """
 
 import json
+import mmap
 import os
 import struct
-import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
+import torch
 import xxhash
 
 from pipeline.errors import ARTEFACT, PipelineError, brief
 from pipeline.files import publish
+from pipeline.rows import Rows, rows_of
 from pipeline.vision import fingerprint
 
 FORMAT = 1
 SEAL = b"GLANCE01"
+PAGE = mmap.ALLOCATIONGRANULARITY
 
 
 def shard_name(print_: str, hashes: np.ndarray) -> str:
@@ -35,12 +39,17 @@ def shard_name(print_: str, hashes: np.ndarray) -> str:
     return f"{xxhash.xxh3_128_hexdigest(print_.encode() + hashes.tobytes())}.h5"
 
 
-def _header(path: Path, hashes: np.ndarray, spec: dict[str, Any]) -> dict[str, int]:
+def row_bytes(rows: Rows) -> int:
+    """Bytes of one stored row."""
+    return int(np.prod(rows.shape)) * rows.dtype.itemsize
+
+
+def _header(path: Path, hashes: np.ndarray, spec: dict[str, Any], rows: Rows) -> dict[str, int]:
     """Create the file with room for every row; returns the byte offset of each dataset.
 
     Rows are then written past HDF5: a full disk inside h5py ends the process with a segmentation fault.
     """
-    count, row = len(hashes), (spec["tokens"], spec["width"])
+    count = len(hashes)
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_layout(h5py.h5d.CONTIGUOUS)
     layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -53,45 +62,46 @@ def _header(path: Path, hashes: np.ndarray, spec: dict[str, Any]) -> dict[str, i
         "hdf5": h5py.version.hdf5_version,
         "spec": json.dumps(spec, sort_keys=True),
     }
+    datasets = [
+        ("features", (count, *rows.shape), rows.dtype),
+        ("image_sha256", (count, 32), np.dtype("|u1")),
+        ("row_xxh3", (count,), np.dtype("<u8")),
+    ] + [(name, values.shape, values.dtype) for name, values in sorted(rows.constants.items())]
     offsets = {}
     with h5py.File(path, "w", libver="earliest", alignment_threshold=65536, alignment_interval=4096) as file:
         for name, value in sorted(attributes.items()):
             file.attrs[name] = value
-        for name, shape, dtype in (
-            ("features", (count, *row), "<f2"),
-            ("image_sha256", (count, 32), "|u1"),
-            ("row_xxh3", (count,), "<u8"),
-        ):
+        for name, shape, dtype in datasets:
             dataset = file.create_dataset(name, shape, dtype, dcpl=layout)
             offsets[name] = dataset.id.get_offset()
     return offsets
 
 
-def write_shard(path: Path, hashes: np.ndarray, spec: dict[str, Any], batches: Iterable[np.ndarray]) -> None:
-    """Write float16 batches [k, P, Dv] that follow each other to n rows; the file appears when all are in.
+def write_shard(path: Path, hashes: np.ndarray, spec: dict[str, Any], rows: Rows, batches: Iterable[np.ndarray]) -> None:
+    """Write batches [k, *rows.shape] that follow each other to n rows; the file appears when all are in.
 
     Holds one batch in memory. Raises `PipelineError` when the disk is full (before the first row) or rows are missing.
     """
-    row_bytes = spec["tokens"] * spec["width"] * 2
+    size = row_bytes(rows)
     with publish(path) as temporary:
-        offsets = _header(temporary, hashes, spec)
+        offsets = _header(temporary, hashes, spec, rows)
         sums, done = np.empty(len(hashes), dtype="<u8"), 0
         handle = os.open(temporary, os.O_WRONLY)
         try:
-            os.posix_fallocate(handle, 0, max(offsets["features"] + row_bytes * len(hashes), os.fstat(handle).st_size))
+            os.posix_fallocate(handle, 0, max(offsets["features"] + size * len(hashes), os.fstat(handle).st_size))
             for batch in batches:
-                if batch.dtype != np.float16 or batch.shape[1:] != (spec["tokens"], spec["width"]):
+                if batch.dtype != rows.dtype or batch.shape[1:] != rows.shape:
                     raise ValueError(f"batch is {batch.dtype} {batch.shape}")
-                for row in batch:
-                    sums[done] = xxhash.xxh3_64_intdigest(row.tobytes())
-                    done += 1
-                _write_all(handle, batch.tobytes(), offsets["features"] + row_bytes * (done - len(batch)))
+                batch = np.ascontiguousarray(batch)
+                sums[done : done + len(batch)] = [xxhash.xxh3_64_intdigest(row.data) for row in batch]
+                _write_all(handle, memoryview(batch).cast("B"), offsets["features"] + size * done)
+                done += len(batch)
             if done != len(hashes):
                 raise ValueError(f"{done} rows for {len(hashes)} images")
-            _write_all(handle, hashes.tobytes(), offsets["image_sha256"])
-            _write_all(handle, sums.tobytes(), offsets["row_xxh3"])
-            place = struct.pack("<8sQQ", SEAL, offsets["features"], row_bytes * len(hashes))
-            _write_all(handle, place + _digest(temporary, place), os.fstat(handle).st_size)
+            for name, table in {"image_sha256": hashes, "row_xxh3": sums, **rows.constants}.items():
+                _write_all(handle, memoryview(table.tobytes()), offsets[name])
+            place = struct.pack("<8sQQ", SEAL, offsets["features"], size * len(hashes))
+            _write_all(handle, memoryview(place + _digest(temporary, place)), os.fstat(handle).st_size)
             os.fchmod(handle, 0o444)
         finally:
             os.close(handle)
@@ -129,15 +139,14 @@ def check_seal(path: Path) -> None:
         raise ValueError("its header or tables have changed since they were written")
 
 
-def _write_all(handle: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
+def _write_all(handle: int, view: memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(handle, view, offset)
         view, offset = view[written:], offset + written
 
 
 class Shard:
-    """A finished shard, open for reading: `hashes` [n, 32], `spec`, and rows straight from the page cache.
+    """A finished shard, open for reading: `hashes` [n, 32], `spec`, `rows` (their form) and rows from the page cache.
 
     Every row's checksum is verified the first time it is read. Raises `PipelineError` naming the file.
     """
@@ -148,20 +157,27 @@ class Shard:
             check_seal(path)
             with h5py.File(path, "r", locking=False) as file:
                 features = file["features"]
-                if features.external is not None or features.is_virtual or features.dtype != np.float16:
-                    raise ValueError("not plain float16 rows")
+                if features.external is not None or features.is_virtual:
+                    raise ValueError("its rows are elsewhere")
                 self.spec: dict[str, Any] = json.loads(file.attrs["spec"])
                 self.fingerprint = str(file.attrs["fingerprint"])
                 self.hashes = file["image_sha256"][:]
                 self._sums = file["row_xxh3"][:]
-                offset, shape = features.id.get_offset(), features.shape
-            self._rows = np.memmap(path, np.float16, "r", offset, shape)
+                constants = {name: file[name][:] for name in file if name.startswith("channel_")}
+                self._offset, shape, dtype = features.id.get_offset(), features.shape, features.dtype
+            self.rows = rows_of(self.spec, constants)
+            if dtype != self.rows.dtype or shape[1:] != self.rows.shape:
+                raise ValueError(f"its rows are {dtype} {shape[1:]}, not what its spec says")
+            with path.open("rb") as handle:
+                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            self._rows = np.frombuffer(self._map, dtype, int(np.prod(shape)), self._offset).reshape(shape)
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise self._damaged(f"not a readable shard: {brief(error)}") from None
         if self.fingerprint != fingerprint(self.spec) or len(self.hashes) != len(self._sums) or len(self._sums) != shape[0]:
             raise self._damaged("its parts contradict each other")
+        self._map.madvise(mmap.MADV_RANDOM)  # read-around would fetch eight times what a random row needs
+        self._bytes = row_bytes(self.rows)
         self._verified = np.zeros(len(self.hashes), dtype=bool)
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -170,22 +186,32 @@ class Shard:
         remedy = "delete this file here, in .dvc/features and in DVC's cache, then dvc repro -f extract"
         return PipelineError(what, where=str(self.path), remedy=remedy, code=ARTEFACT)
 
+    def announce(self, row: int, count: int = 1) -> None:
+        """Ask the kernel to read rows from disk now; returns at once."""
+        start = self._offset + row * self._bytes
+        aligned = start - start % PAGE
+        self._map.madvise(mmap.MADV_WILLNEED, aligned, start + count * self._bytes - aligned)
+
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy rows [k] into `out` float16 [k, P, Dv]."""
-        np.take(self._rows, rows, axis=0, out=out, mode="clip")
+        """Copy rows [k] as they are stored into `out` [k, *rows.shape]."""
+        if len(rows) == 1:
+            np.copyto(out[0], self._rows[rows[0]])
+        else:
+            np.take(self._rows, rows, axis=0, out=out, mode="clip")
         for position in np.flatnonzero(~self._verified[rows]):
             row = int(rows[position])
-            if xxhash.xxh3_64_intdigest(out[position].tobytes()) != int(self._sums[row]):
+            if xxhash.xxh3_64_intdigest(out[position].data) != int(self._sums[row]):
                 raise self._damaged(f"row {row} (image {self.hashes[row].tobytes().hex()[:16]}…) fails its checksum")
             self._verified[row] = True
 
     def bad_rows(self) -> Iterator[tuple[int, str]]:
         """Every row that is not what was written, with the reason; reads the whole shard, a block at a time."""
         for start in range(0, len(self), 256):
+            self.announce(start, min(256, len(self) - start))
             block = np.array(self._rows[start : start + 256])
-            finite = np.asarray(np.isfinite(block.reshape(len(block), -1)).all(1))
+            finite = torch.isfinite(self.rows.decode(torch.from_numpy(block))).flatten(1).all(1)
             for i, row in enumerate(block):
-                if xxhash.xxh3_64_intdigest(row.tobytes()) != int(self._sums[start + i]):
+                if xxhash.xxh3_64_intdigest(row.data) != int(self._sums[start + i]):
                     yield start + i, "fails its checksum"
                 elif not finite[i]:
                     yield start + i, "not finite"

@@ -3,18 +3,21 @@
 Both return float16 rows, and the live encoder's are rounded as the stored ones are, so the two agree bit for bit.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from pipeline.buffers import BufferPool
 from pipeline.errors import ARTEFACT, PipelineError
 from pipeline.features import FeatureStore
 from pipeline.images import ImageRoot, digest
 from pipeline.tokens import TokenTable
 from pipeline.vision import Encoder
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +47,34 @@ class FeatureSource(Protocol):
 
 
 class StoredFeatures:
-    """Features read from the store that `stages.extract` wrote."""
+    """Features read from the store that `stages.extract` wrote, into memory that is used again and again."""
 
-    def __init__(self, store: FeatureStore, table: TokenTable) -> None:
-        self._store, self.tokens, self.width = store, store.tokens, store.width
+    def __init__(self, store: FeatureStore, table: TokenTable, device: torch.device = CPU) -> None:
+        self._store, self.tokens, self.width, self._device = store, store.tokens, store.width, device
         self._rows = store.locate(table.image_hashes())
+        self._pool = BufferPool(store.rows.shape, store.rows.dtype, pin=device.type == "cuda")
+        self._copying: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
     def load(self, slots: np.ndarray) -> torch.Tensor:
-        return self._store.read(self._rows[slots])
+        rows = self._rows[slots]
+        stored = self._pool.take(len(rows))
+        self._store.announce(rows)
+        self._store.read_into(rows, stored.numpy())
+        return stored
 
     def features(self, loaded: torch.Tensor) -> torch.Tensor:
-        return loaded
+        return self._store.rows.decode(self._on_device(loaded))
+
+    def _on_device(self, stored: torch.Tensor) -> torch.Tensor:
+        """Copy while the device computes; the buffer is held until its copy is done, or it would be overwritten under it."""
+        if self._device.type != "cuda":
+            return stored.to(self._device)
+        while self._copying and self._copying[0][0].query():
+            self._copying.popleft()
+        copied, done = stored.to(self._device, non_blocking=True), torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self._device))
+        self._copying.append((done, stored))
+        return copied
 
 
 class LiveFeatures:

@@ -114,6 +114,7 @@ def _encoder(params: StageParams, device: torch.device) -> Encoder:
         revision=vision.revision,
         layer=vision.layer,
         precision=vision.precision,
+        storage=vision.storage,
         device=device,
         batch=runtime.extract_batch,
     )
@@ -155,7 +156,7 @@ def _sources(features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Da
         return [LiveFeatures(encoder, ImageRoot(dataset.images), table, cache_bytes=cache) for table, dataset in tables]
     store = FeatureStore(FEATURES)
     store.check_encoder(encoder.spec())
-    return [StoredFeatures(store, table) for table, _ in tables]
+    return [StoredFeatures(store, table, encoder.device) for table, _ in tables]
 
 
 def _save(

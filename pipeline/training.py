@@ -7,9 +7,7 @@ by their number, however the step is cut into micro-batches, so accumulating cha
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +17,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
+from pipeline.ahead import run_ahead
 from pipeline.batches import Batch, collate, plan_epoch, split_by_tokens
 from pipeline.errors import INTERRUPTED, NUMERIC, USAGE, PipelineError
 from pipeline.hardware import peak_memory_gb
@@ -27,8 +26,6 @@ from pipeline.resume import Resume
 from pipeline.sources import FeatureSource
 from pipeline.tokens import TokenTable
 
-Job = TypeVar("Job")
-Made = TypeVar("Made")
 T = TypeVar("T")
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -78,24 +75,6 @@ def plan_work(table: TokenTable, schedule: Schedule, epoch: int, skip: int = 0) 
         share = 1.0 / int(table.supervised[rows].sum())
         for number, part in enumerate(parts, start=1):
             yield Work(part, share, len(parts), number == len(parts))
-
-
-def run_ahead(jobs: Iterable[Job], make: Callable[[Job], Made], depth: int = 2) -> Iterator[tuple[Job, Made]]:
-    """Each job with what `make` gives for it, made `depth` jobs ahead in one thread, in order."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: deque[tuple[Job, Future[Made]]] = deque()
-        try:
-            for job in jobs:
-                waiting.append((job, pool.submit(make, job)))
-                if len(waiting) > depth:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
 
 
 def train(

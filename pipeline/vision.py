@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, PreTra
 from pipeline.errors import ARTEFACT, NUMERIC, PipelineError, brief
 from pipeline.hardware import autocast, pick_precision
 from pipeline.images import DECODER, decode
+from pipeline.rows import Float16Rows, Int8Rows, Rows, calibration_pictures, constants_digest, measure_constants
 
 TOWERS: dict[str, type[PreTrainedModel]] = {
     "clip": CLIPVisionModel,
@@ -65,13 +66,22 @@ class Encoder(nn.Module):
         model, revision: a folder or a hub id in Transformers' format (CLIP or SigLIP family).
         layer: index into the hidden states; -1 is the tower's last hidden state.
         precision: auto, float32, bfloat16 or float16 (autocast over float32 weights).
+        storage: float16 or int8; `encode` rounds as the store does, so live and stored features are the same.
         batch: images per call of the tower; smaller batches are filled up.
 
     Raises `PipelineError` for another model family, missing weights or an impossible layer.
     """
 
     def __init__(
-        self, model: str, *, revision: str = "", layer: int = -1, precision: str = "auto", device: torch.device, batch: int = 64
+        self,
+        model: str,
+        *,
+        revision: str = "",
+        layer: int = -1,
+        precision: str = "auto",
+        storage: str = "float16",
+        device: torch.device,
+        batch: int = 64,
     ) -> None:
         super().__init__()
         self.name, self.revision, self.layer, self.batch, self.device = model, revision, layer, batch, device
@@ -86,28 +96,53 @@ class Encoder(nn.Module):
             )
         self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
 
-    @torch.inference_mode()
+        self.rows = self._rows(storage)
+
+    def _rows(self, storage: str) -> Rows:
+        if storage == "float16":
+            return Float16Rows(self.tokens, self.width)
+        pictures = torch.from_numpy(calibration_pictures(self.tower.config.image_size))
+        tower = self.tower.to("cpu")  # the constants name the store: no other device may give other ones
+        features = torch.cat([self._forward(tower, part, "float32") for part in pictures.split(4)])
+        self.tower.to(self.device)
+        return Int8Rows(self.tokens, *measure_constants(features))
+
     def encode(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         """uint8 [I, 3, S, S] -> float16 [I, P, Dv] on the CPU; `names` say whose row a non-finite value is in."""
-        rows = [self._encode_batch(pixels[start : start + self.batch]) for start in range(0, len(pixels), self.batch)]
-        features = torch.cat(rows)
-        finite = torch.isfinite(features).flatten(1).all(1)
+        return self.rows.decode(self.encode_rows(pixels, names))
+
+    @torch.inference_mode()
+    def encode_rows(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+        """As `encode`, in the form that the store holds: [I, *rows.shape] on the CPU."""
+        return torch.cat(
+            [
+                self._encode_batch(pixels[start : start + self.batch], names[start : start + self.batch])
+                for start in range(0, len(pixels), self.batch)
+            ]
+        )
+
+    def _encode_batch(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+        count = len(pixels)
+        if count < self.batch:
+            pixels = torch.cat([pixels, pixels.new_zeros(self.batch - count, *pixels.shape[1:])])
+        features = self._forward(self.tower, pixels, self.precision)[:count]
+        finite = torch.isfinite(features.to(torch.float16)).flatten(1).all(1)
         if not finite.all():
             bad = names[int(torch.argmin(finite.int()))]
             raise PipelineError(
                 "features are not finite in float16", where=bad, remedy="set vision.precision: float32", code=NUMERIC
             )
-        return features
+        return self.rows.encode(features).cpu()
 
-    def _encode_batch(self, pixels: torch.Tensor) -> torch.Tensor:
-        count = len(pixels)
-        if count < self.batch:
-            pixels = torch.cat([pixels, pixels.new_zeros(self.batch - count, *pixels.shape[1:])])
-        values = (pixels.to(self.device).float() * self.preprocess.rescale - self._mean) / self._std
-        with autocast(self.precision, self.device):
-            output = self.tower(values, output_hidden_states=self.layer != -1)
+    @torch.inference_mode()
+    def _forward(self, tower: PreTrainedModel, pixels: torch.Tensor, precision: str) -> torch.Tensor:
+        """[I, P, Dv] in the precision of the computation, patch tokens only."""
+        device = tower.device
+        values = (pixels.to(device).float() * self.preprocess.rescale - self._mean.to(device)) / self._std.to(device)
+        with autocast(precision, device):
+            output = tower(values, output_hidden_states=self.layer != -1)
         hidden = output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
-        return hidden[:count, hidden.shape[1] - self.tokens :].to(torch.float16).cpu()  # [n, P, Dv]
+        return hidden[:, hidden.shape[1] - self.tokens :]
 
     def encode_files(self, files: Sequence[bytes], names: Sequence[str]) -> torch.Tensor:
         """Image files -> patch features float16 [I, P, Dv]: decode, resize, encode."""
@@ -118,7 +153,9 @@ class Encoder(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """Everything that decides a feature's value; its hash names the cached features."""
+        stored = {"storage": "int8", "constants": constants_digest(self.rows.constants)} if self.rows.constants else {}
         return {
+            **stored,
             "features": FEATURES,
             "weights": _weights_digest(self.tower),
             "config": _plain_config(self.tower.config),

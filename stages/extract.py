@@ -23,12 +23,13 @@ def main(params: StageParams) -> dict[str, Any]:
     for dataset in (params.data.pretrain, params.data.heldout):
         records = read_records(dataset.records, limit=params.data.limit)
         sources.append((ImageRoot(dataset.images), (name for record in records for name in record.images)))
-    files, hashes = distinct_images(sources)
+    files, hashes = distinct_images(sources, threads=max(1, runtime.workers))
     encoder = Encoder(
         vision.model,
         revision=vision.revision,
         layer=vision.layer,
         precision=vision.precision,
+        storage=vision.storage,
         device=pick_device(runtime.device),
         batch=runtime.extract_batch,
     )
@@ -36,14 +37,20 @@ def main(params: StageParams) -> dict[str, Any]:
         files,
         hashes,
         encoder,
-        store=main_checkout() / ".dvc" / "features",
+        stores=[main_checkout() / store for store in runtime.feature_stores],
         out=Path("data/features"),
         shard_rows=vision.shard_rows,
         workers=runtime.workers,
     )
     write_json(Path("data/features_meta.json"), {"tokens": encoder.tokens, "width": encoder.width})
     rate = round(done.encoded / done.seconds, 1) if done.encoded else 0.0
-    return {"images": done.images, "encoded": done.encoded, "cache_mb": round(done.bytes / 1e6, 1), "images_per_second": rate}
+    return {
+        "images": done.images,
+        "encoded": done.encoded,
+        "cache_mb": round(done.bytes / 1e6, 1),
+        "images_per_second": rate,
+        "waiting_share": round(done.waited / done.seconds, 3) if done.encoded else 0.0,
+    }
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def world(
         (folder / "images" / f"{number}.png").write_bytes(png(number))
     images = ImageRoot(folder / "images")
     files, hashes = distinct_images([(images, [f"{number}.png" for number in range(6)])])
-    extract(files, hashes, encoders["clip"], store=folder / "store", out=folder / "features", shard_rows=4, workers=0)
+    extract(files, hashes, encoders["clip"], stores=[folder / "store"], out=folder / "features", shard_rows=4, workers=0)
     builder = PromptBuilder(str(llm_folder), image_token="<image>", tokens=PATCHES)
     half = World(folder, images, encoders["clip"], builder, None, FeatureStore(folder / "features"), llm_folder)  # type: ignore[arg-type]
     return World(folder, images, half.clip, builder, half.tokens(ROWS, "rows"), half.store, llm_folder)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from pipeline.errors import PipelineError
 from pipeline.features.__main__ import app, main_directions
 from pipeline.files import write_json
+from pipeline.rows import Float16Rows
 from pipeline.shards import Shard, write_shard
 
 SPEC = {"tokens": 4, "width": 6, "layer": -1}
@@ -23,7 +24,7 @@ def store(tmp_path: Path) -> Path:
     hashes = rng.integers(0, 256, (10, 32), np.uint8)
     folder = tmp_path / "features"
     folder.mkdir()
-    write_shard(folder / "a.h5", hashes, SPEC, [rng.normal(size=(10, 4, 6)).astype(np.float16)])
+    write_shard(folder / "a.h5", hashes, SPEC, Float16Rows(4, 6), [rng.normal(size=(10, 4, 6)).astype(np.float16)])
     write_json(folder / "index.json", {"shards": [{"file": "a.h5", "rows": 10}], "spec": SPEC})
     return folder
 
@@ -104,7 +105,7 @@ def test_a_contact_sheet_of_the_users_images(tmp_path: Path, monkeypatch: pytest
     shutil.rmtree(store)
     store.mkdir()
     rows = np.random.default_rng(0).normal(size=(len(hashes), 4, 6)).astype(np.float16)
-    write_shard(store / "a.h5", hashes, SPEC, [rows])
+    write_shard(store / "a.h5", hashes, SPEC, Float16Rows(4, 6), [rows])
     write_json(store / "index.json", {"shards": [{"file": "a.h5", "rows": len(hashes)}], "spec": SPEC})
     result = CliRunner().invoke(app, ["show", str(store), "--count", "4", "--out", "sheet.png"])
     assert result.exit_code == 0, result.output

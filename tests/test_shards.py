@@ -7,15 +7,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import World
 
 from pipeline.errors import PipelineError
 from pipeline.extraction import Extraction, distinct_images, extract
 from pipeline.features import INDEX, FeatureStore
 from pipeline.images import ImageError, ImageRoot, digest
+from pipeline.rows import Float16Rows
 from pipeline.shards import Shard, shard_name, write_shard
 from pipeline.vision import Encoder, fingerprint
 
 ROW = (3, 5)  # P, Dv of the shards that are written without an encoder
+ROWS = Float16Rows(*ROW)
 SPEC = {"tokens": 3, "width": 5, "weights": "abc"}
 FEATURES = np.random.default_rng(0).normal(size=(10, *ROW)).astype(np.float16)
 HASHES = np.frombuffer(b"".join(digest(bytes([i])) for i in range(10)), np.uint8).reshape(-1, 32)
@@ -24,7 +27,7 @@ HASHES = np.frombuffer(b"".join(digest(bytes([i])) for i in range(10)), np.uint8
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
     path = tmp_path / "one.h5"
-    write_shard(path, HASHES, SPEC, [FEATURES[:4], FEATURES[4:]])
+    write_shard(path, HASHES, SPEC, ROWS, [FEATURES[:4], FEATURES[4:]])
     return path
 
 
@@ -54,7 +57,7 @@ def test_plain_h5py_reads_a_shard(shard: Path) -> None:
 
 def test_equal_content_gives_equal_bytes_however_it_is_batched(shard: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.h5"
-    write_shard(again, HASHES, SPEC, [FEATURES[i : i + 3] for i in range(0, 10, 3)])
+    write_shard(again, HASHES, SPEC, ROWS, [FEATURES[i : i + 3] for i in range(0, 10, 3)])
     assert again.read_bytes() == shard.read_bytes()
 
 
@@ -67,7 +70,7 @@ def test_the_name_follows_from_encoder_and_images_in_order() -> None:
 @pytest.mark.parametrize("batches", [[FEATURES[:9]], [FEATURES.astype(np.float32)], [FEATURES[:, :2]]])
 def test_a_shard_that_cannot_be_finished_never_appears(tmp_path: Path, batches: list[np.ndarray]) -> None:
     with pytest.raises(ValueError):
-        write_shard(tmp_path / "one.h5", HASHES, SPEC, batches)
+        write_shard(tmp_path / "one.h5", HASHES, SPEC, ROWS, batches)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,7 +123,7 @@ def run(tmp_path: Path, images: ImageRoot, encoders: dict[str, Encoder]) -> Extr
     ) -> Extraction:
         files, hashes = distinct_images([(images, [f"{number}.png" for number in numbers])])
         chosen = encoder or encoders["clip"]
-        return extract(files, hashes, chosen, store=tmp_path / store, out=tmp_path / out, shard_rows=3, workers=workers)
+        return extract(files, hashes, chosen, stores=[tmp_path / store], out=tmp_path / out, shard_rows=3, workers=workers)
 
     return extract_numbers
 
@@ -196,11 +199,11 @@ class Crashing(Encoder):
 
     calls = 2
 
-    def encode(self, pixels: torch.Tensor, names: list[str]) -> torch.Tensor:  # type: ignore[override]
+    def encode_rows(self, pixels: torch.Tensor, names: list[str]) -> torch.Tensor:  # type: ignore[override]
         self.calls -= 1
         if self.calls < 0:
             raise KeyboardInterrupt
-        return super().encode(pixels, names)
+        return super().encode_rows(pixels, names)
 
 
 def test_a_run_after_a_crash_gives_the_bytes_of_an_undisturbed_one(
@@ -241,7 +244,7 @@ def test_workers_change_no_byte(run: Extract, tmp_path: Path) -> None:
 def test_a_bad_image_is_named(tmp_path: Path, images: ImageRoot, encoders: dict[str, Encoder], workers: int) -> None:
     files, hashes = distinct_images([(images, ["0.png", "1.png", "bad.png", "2.png"])])
     with pytest.raises(ImageError, match=r"images: bad\.png: not a picture"):
-        extract(files, hashes, encoders["clip"], store=tmp_path / "s", out=tmp_path / "o", shard_rows=3, workers=workers)
+        extract(files, hashes, encoders["clip"], stores=[tmp_path / "s"], out=tmp_path / "o", shard_rows=3, workers=workers)
     assert not (tmp_path / "o").exists()
 
 
@@ -249,7 +252,7 @@ def test_an_image_that_changes_while_it_is_read_is_named(tmp_path: Path, images:
     files, hashes = distinct_images([(images, ["0.png", "1.png"])])
     (Path(images.path) / "1.png").write_bytes((Path(images.path) / "2.png").read_bytes())
     with pytest.raises(ImageError, match=r"1\.png: changed"):
-        extract(files, hashes, encoders["clip"], store=tmp_path / "s", out=tmp_path / "o", shard_rows=3, workers=0)
+        extract(files, hashes, encoders["clip"], stores=[tmp_path / "s"], out=tmp_path / "o", shard_rows=3, workers=0)
 
 
 def test_features_that_overflow_float16_are_refused_and_named(
@@ -260,7 +263,7 @@ def test_features_that_overflow_float16_are_refused_and_named(
         next(tensor for name, tensor in encoder.tower.named_parameters() if "post_layernorm.weight" in name).mul_(1e6)
     files, hashes = distinct_images([(images, ["0.png"])])
     with pytest.raises(PipelineError, match=r"0\.png: features are not finite in float16"):
-        extract(files, hashes, encoder, store=tmp_path / "s", out=tmp_path / "o", shard_rows=3, workers=0)
+        extract(files, hashes, encoder, stores=[tmp_path / "s"], out=tmp_path / "o", shard_rows=3, workers=0)
 
 
 def broken_stores(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -285,3 +288,48 @@ def test_a_store_that_is_not_whole_is_an_error_by_name(run: Extract, tmp_path: P
         by_hash(tmp_path / "out")
     assert named in caught.value.line()
     assert len(caught.value.line().splitlines()) == 1
+
+
+@pytest.fixture
+def world_files(world: World) -> tuple[list, np.ndarray]:
+    return distinct_images([(world.images, [f"{number}.png" for number in range(6)])])
+
+
+def test_rows_of_several_stores_are_taken_over_and_only_the_first_is_written(
+    world_files: tuple[list, np.ndarray], encoders: dict[str, Encoder], tmp_path: Path
+) -> None:
+    files, hashes = world_files
+    clip, a, b = encoders["clip"], tmp_path / "a", tmp_path / "b"
+    extract(files[:4], hashes[:4], clip, stores=[a], out=tmp_path / "first", shard_rows=3, workers=0)
+    before = sorted(a.rglob("*.h5"))
+    done = extract(files, hashes, clip, stores=[b, a], out=tmp_path / "both", shard_rows=3, workers=0)
+    assert done.encoded == len(files) - 4
+    assert sorted(a.rglob("*.h5")) == before
+    extract(files, hashes, clip, stores=[tmp_path / "c"], out=tmp_path / "fresh", shard_rows=3, workers=0)
+    assert [p.read_bytes() for p in sorted((tmp_path / "both").iterdir())] == [
+        p.read_bytes() for p in sorted((tmp_path / "fresh").iterdir())
+    ]
+
+
+def test_rows_come_in_the_order_asked_whichever_shards_hold_them(
+    world_files: tuple[list, np.ndarray], encoders: dict[str, Encoder], tmp_path: Path
+) -> None:
+    files, hashes = world_files
+    extract(files, hashes, encoders["clip"], stores=[tmp_path / "s"], out=tmp_path / "many", shard_rows=2, workers=0)
+    extract(files, hashes, encoders["clip"], stores=[tmp_path / "s"], out=tmp_path / "one", shard_rows=99, workers=0)
+    many, one = FeatureStore(tmp_path / "many"), FeatureStore(tmp_path / "one")
+    numbers = np.random.default_rng(0).integers(0, len(files), 50)
+    assert len(many.shards) > 1
+    assert torch.equal(many.read(numbers), one.read(numbers))
+    out = np.empty((50, *many.rows.shape), many.rows.dtype)
+    many.read_into(numbers, out)
+    assert torch.equal(torch.from_numpy(out), one.read(numbers))
+    assert many.read(np.empty(0, np.int64)).shape == (0, *many.rows.shape)
+
+
+def test_images_that_no_shard_holds_are_found_missing_not_guessed(
+    world_files: tuple[list, np.ndarray], encoders: dict[str, Encoder], tmp_path: Path
+) -> None:
+    files, hashes = world_files
+    extract(files[:3], hashes[:3], encoders["clip"], stores=[tmp_path / "s"], out=tmp_path / "o", shard_rows=2, workers=0)
+    assert FeatureStore(tmp_path / "o").find(hashes[2:5]).tolist() == [2, -1, -1]

@@ -45,7 +45,7 @@ def pairs(
             here = tmp_path_factory.mktemp("store")
             files, hashes = distinct_images([(world.images, [f"{number}.png" for number in (5, 3, 1, 0, 2, 4)])])
             encoder = Encoder(str(folder), precision=precision, device=CPU, batch=4)
-            extract(files, hashes, encoder, store=here / "store", out=here / "out", shard_rows=4, workers=0)
+            extract(files, hashes, encoder, stores=[here / "store"], out=here / "out", shard_rows=4, workers=0)
             live = LiveFeatures(Encoder(str(folder), precision=precision, device=CPU, batch=3), world.images, world.table)
             found[family, precision] = StoredFeatures(FeatureStore(here / "out"), world.table), live
     return found
@@ -117,7 +117,7 @@ def test_an_image_that_changed_since_it_was_tokenised_is_named(world: World, tmp
 
 def test_a_store_without_an_image_is_refused_before_training(world: World, tmp_path: Path) -> None:
     files, hashes = distinct_images([(world.images, ["0.png", "1.png"])])
-    extract(files, hashes, world.clip, store=tmp_path / "store", out=tmp_path / "out", shard_rows=4, workers=0)
+    extract(files, hashes, world.clip, stores=[tmp_path / "store"], out=tmp_path / "out", shard_rows=4, workers=0)
     with pytest.raises(PipelineError, match=r"no features for \d of 12 images"):
         StoredFeatures(FeatureStore(tmp_path / "out"), world.table)
 

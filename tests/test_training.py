@@ -12,13 +12,14 @@ from accelerate import Accelerator
 from conftest import ROWS, World, row
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from pipeline.ahead import run_ahead
 from pipeline.batches import plan_epoch
 from pipeline.errors import PipelineError
 from pipeline.evaluate import heldout_loss
 from pipeline.model import VisionLanguageModel
 from pipeline.sources import NoFeatures, StoredFeatures
 from pipeline.tokens import TokenTable
-from pipeline.training import Schedule, make_optimizer, plan_work, run_ahead, train
+from pipeline.training import Schedule, make_optimizer, plan_work, train
 
 SCHEDULE = Schedule(
     epochs=2, batch_size=4, micro_tokens=10_000, lr=1e-2, warmup=0.1, min_lr=0.1, weight_decay=0.01, clip_norm=1.0, seed=0
@@ -278,7 +279,7 @@ def test_running_ahead_keeps_the_order_and_stays_within_its_depth(depth: int) ->
             taken.append(job)
             yield job
 
-    for job, made in run_ahead(jobs(), lambda job: job * job, depth):
+    for job, made in run_ahead(jobs(), lambda job: job * job, depth=depth):
         assert made == job * job
         finished.append(job)
         assert len(taken) <= len(finished) + depth

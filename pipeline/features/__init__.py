@@ -5,6 +5,8 @@ Reads what `stages.extract` wrote (pipeline.extraction). A missing or damaged sh
 """
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,74 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.errors import ARTEFACT, PipelineError, brief
+from pipeline.rows import Float16Rows, Rows
 from pipeline.shards import Shard
 
 INDEX = "index.json"
+WARM = 3e9  # bytes a second: memory is faster, disks that random rows come from are slower
+LOOK_AGAIN = 64  # batches that are announced after one that came from disk
 
 
-class FeatureStore:
+class ShardSet:
+    """Random rows over shards of one encoder: numbered through, found by image hash, read from memory or disk.
+
+    `rows` says how they are stored; `starts` [shards + 1] is the number of each shard's first row.
+    """
+
+    def __init__(self, shards: Sequence[Shard], rows: Rows) -> None:
+        self.shards, self.rows = shards, rows
+        self.starts = np.cumsum([0, *(len(shard) for shard in shards)])
+        self._announce = LOOK_AGAIN
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def find(self, hashes: np.ndarray) -> np.ndarray:
+        """Row numbers int64 [n] of images uint8 [n, 32]; -1 where an image is not here."""
+        stored = pa.chunked_array([as_arrow(shard.hashes) for shard in self.shards], pa.binary(32))
+        found = pc.index_in(as_arrow(hashes), value_set=stored)
+        return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+
+    def read(self, rows: np.ndarray) -> torch.Tensor:
+        """Patch features float16 [n, P, Dv] of rows [n], in that order, in fresh memory."""
+        return self.rows.decode(torch.from_numpy(self.stored(rows)))
+
+    def stored(self, rows: np.ndarray) -> np.ndarray:
+        """Rows [n] as they are stored, [n, *self.rows.shape], in fresh memory."""
+        out = np.empty((len(rows), *self.rows.shape), self.rows.dtype)
+        self.announce(rows)
+        self.read_into(rows, out)
+        return out
+
+    def announce(self, rows: np.ndarray) -> None:
+        """Have rows read from disk ahead of `read_into`; does nothing while rows come from memory."""
+        if not self._announce:
+            return
+        owner = self._owners(rows)
+        for number, row in zip(owner.tolist(), (rows - self.starts[owner]).tolist(), strict=True):
+            self.shards[number].announce(row)
+
+    def read_into(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Copy rows [n] as they are stored into `out` [n, *self.rows.shape], which a caller reuses.
+
+        Safe in several threads. Raises `PipelineError` naming the file and the image of a row that fails its checksum.
+        """
+        began = time.perf_counter()
+        owner = self._owners(rows)
+        inner = rows - self.starts[owner]
+        if len(rows) and (owner == owner[0]).all():
+            self.shards[owner[0]].read(inner, out)
+        else:
+            for i, number in enumerate(owner.tolist()):  # a row is hundreds of kilobytes: the loop costs nothing
+                self.shards[number].read(inner[i : i + 1], out[i : i + 1])
+        warm = out.nbytes > WARM * (time.perf_counter() - began)
+        self._announce = max(0, self._announce - 1) if warm else LOOK_AGAIN
+
+    def _owners(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+
+class FeatureStore(ShardSet):
     """Random rows by image hash over all shards of one folder.
 
     `spec` says which encoder made them; `tokens` (P) and `width` (Dv) give a row's shape.
@@ -36,7 +100,8 @@ class FeatureStore:
             raise PipelineError(
                 f"no feature store: {brief(error)}", where=str(self.folder), remedy="dvc repro extract", code=ARTEFACT
             ) from None
-        self.shards = [Shard(self.folder / name) for name, _ in listed]
+        shards = [Shard(self.folder / name) for name, _ in listed]
+        super().__init__(shards, shards[0].rows if shards else Float16Rows(self.tokens, self.width))
         for shard, (name, rows) in zip(self.shards, listed, strict=True):
             if len(shard) != rows or shard.spec != self.spec:
                 raise PipelineError(
@@ -45,38 +110,18 @@ class FeatureStore:
                     remedy="dvc repro -f extract",
                     code=ARTEFACT,
                 )
-        self._starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
 
     def locate(self, hashes: np.ndarray) -> np.ndarray:
         """Row numbers int64 [n] of images uint8 [n, 32]; raises `PipelineError` naming the first one not stored."""
-        stored = np.concatenate([shard.hashes for shard in self.shards]) if self.shards else np.empty((0, 32), np.uint8)
-        rows = pc.index_in(_as_arrow(hashes), value_set=_as_arrow(stored))
-        if rows.null_count:
-            missing = int(np.flatnonzero(rows.is_null().to_numpy(zero_copy_only=False))[0])
+        rows = self.find(hashes)
+        if len(missing := np.flatnonzero(rows < 0)):
             raise PipelineError(
-                f"no features for {rows.null_count} of {len(rows)} images, first {hashes[missing].tobytes().hex()[:16]}…",
+                f"no features for {len(missing)} of {len(rows)} images, first {hashes[missing[0]].tobytes().hex()[:16]}…",
                 where=str(self.folder),
                 remedy="dvc repro extract",
                 code=ARTEFACT,
             )
-        return rows.to_numpy().astype(np.int64)
-
-    def read(self, rows: np.ndarray) -> torch.Tensor:
-        """Patch features float16 [n, P, Dv] of rows [n], in that order."""
-        out = np.empty((len(rows), self.tokens, self.width), np.float16)
-        owner = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(owner):
-            here = np.flatnonzero(owner == number)
-            if len(here) == len(rows):
-                self.shards[number].read(rows - self._starts[number], out)
-                continue
-            part = np.empty((len(here), self.tokens, self.width), np.float16)
-            self.shards[number].read(rows[here] - self._starts[number], part)
-            out[here] = part
-        return torch.from_numpy(out)
+        return rows
 
     def check_encoder(self, spec: dict[str, Any]) -> None:
         """Refuse features of another encoder than `spec` describes, naming the first difference."""
@@ -90,7 +135,8 @@ class FeatureStore:
                 )
 
 
-def _as_arrow(hashes: np.ndarray) -> pa.Array:
+def as_arrow(hashes: np.ndarray) -> pa.Array:
+    """Hashes uint8 [n, 32] as an Arrow array of fixed-size binaries, without a copy."""
     data = pa.py_buffer(np.ascontiguousarray(hashes, dtype=np.uint8))
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(hashes), [None, data])
 

@@ -1,0 +1,41 @@
+"""Host memory that is used again: fresh pages cost more than the copy into them, and pinned ones cost more still."""
+
+import threading
+import weakref
+
+import numpy as np
+import torch
+
+
+class BufferPool:
+    """Lends tensors [n, *shape]; their memory comes back by itself when the last tensor on it is gone.
+
+    So nothing that still looks at a buffer (autograd, a caller that keeps a batch) can see it overwritten, and the pool
+    never holds more buffers than were in use at once. Safe in several threads.
+
+    Args:
+        shape, dtype: one row's.
+        pin: page-locked memory, which a GPU copies from while it computes.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, *, pin: bool = False) -> None:
+        self._shape, self._dtype, self._pin = shape, dtype, pin
+        self._free: list[np.ndarray] = []
+        self._largest = 0
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> torch.Tensor:
+        """A tensor [count, *shape] of unspecified content."""
+        with self._lock:
+            self._largest = max(self._largest, count)
+            buffer = self._free.pop() if self._free else None
+        if buffer is None or len(buffer) < count:
+            buffer = self._allocate(self._largest)
+        view = buffer[:count]
+        weakref.finalize(view, self._free.append, buffer).atexit = False
+        return torch.from_numpy(view)
+
+    def _allocate(self, count: int) -> np.ndarray:
+        size = (count, *self._shape)
+        kind = torch.float16 if self._dtype == np.float16 else torch.uint8
+        return torch.empty(size, dtype=kind, pin_memory=True).numpy() if self._pin else np.empty(size, self._dtype)
