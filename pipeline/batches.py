@@ -5,40 +5,57 @@ batches it would have seen. A step is a fixed number of rows drawn at random; ne
 that little is padding; a step is cut into micro-batches by tokens, padding included.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from pipeline.errors import ARTEFACT, PipelineError
-from pipeline.tokens import TokenTable
+from pipeline.sharing import Sharing, alone, lay_out
+from pipeline.tokens import Row, TokenTable
 
 MEGABATCH = 50  # steps' worth of rows that are sorted by length together
 
 
-def plan_epoch(lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+def plan_epoch(lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int, sharing: Sharing | None = None) -> list[np.ndarray]:
     """Row numbers of each optimiser step of an epoch: every row exactly once, in an order that follows from the seed.
 
     Rows are shuffled, cut into megabatches, sorted by length within them and cut into steps, whose order is shuffled.
-    This is the usual length grouping: the same mathematics in another order of stochastic gradient descent.
+    This is the usual length grouping: the same mathematics in another order of stochastic gradient descent. With
+    `sharing`, rows that begin alike stay together, and it is groups of them that are shuffled and sorted.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
+    sizes = lengths
+    if sharing is not None:
+        place = rng.permutation(int(sharing.group.max(initial=-1)) + 1)
+        order = np.argsort(place[sharing.group], kind="stable")
+        sizes = np.bincount(sharing.group, lengths - sharing.prefix)[sharing.group] + sharing.prefix
     steps: list[np.ndarray] = []
     for start in range(0, len(order), batch_size * MEGABATCH):
         rows = order[start : start + batch_size * MEGABATCH]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        if sharing is None:
+            rows = rows[np.argsort(sizes[rows], kind="stable")]
+        else:
+            rows = rows[np.lexsort((place[sharing.group[rows]], sizes[rows]))]
         steps += [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
     return [steps[number] for number in rng.permutation(len(steps))]
 
 
-def split_by_tokens(rows: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Cut rows into runs whose padded size (longest × count) stays within `budget` tokens; a longer row goes alone."""
-    rows = rows[np.argsort(-lengths[rows], kind="stable")]
+def split_by_tokens(rows: np.ndarray, sharing: Sharing, budget: int, *, rank: int = 0, ranks: int = 1) -> list[list[np.ndarray]]:
+    """Cut rows into micro-batches of units, whose padded size (longest × count) stays within `budget` tokens.
+
+    A unit is a row, or rows that share a prefix; a longer one goes alone. Of several ranks each takes every `ranks`-th
+    unit, longest first, so that all have about the same to do.
+    """
+    units = sharing.units(rows)
+    lengths = np.array([sharing.unit_length(unit) for unit in units])
+    order = np.argsort(-lengths, kind="stable")[rank::ranks]
     parts, start = [], 0
-    while start < len(rows):
-        count = max(1, budget // int(lengths[rows[start]]))  # the first row is the longest
-        parts.append(rows[start : start + count])
+    while start < len(order):
+        count = max(1, budget // int(lengths[order[start]]))  # the first unit is the longest
+        parts.append([units[number] for number in order[start : start + count]])
         start += count
     return parts
 
@@ -48,12 +65,14 @@ class Batch:
     """A micro-batch, right-padded.
 
     Attributes:
-        ids: int64 [B, T].
+        ids: int64 [B, T]; a row is a conversation, or several that share their beginning.
         real: bool [B, T], positions that are not padding (only a mixture's router asks).
         keep: bool [B, T], positions whose next token is supervised.
         labels: int64 [supervised], those next tokens, row by row.
         slots: int64 [S], number of the image slot whose features are needed, one for each image run.
         slot_row, slot_start: int64 [S], where its P placeholders stand.
+        tokens: how many of the B × T positions are no padding.
+        branch, position: int16 and int64 [B, T] (see `pipeline.sharing`); None where no row is shared.
     """
 
     ids: torch.Tensor
@@ -63,14 +82,25 @@ class Batch:
     slots: np.ndarray
     slot_row: torch.Tensor
     slot_start: torch.Tensor
+    tokens: int
+    branch: torch.Tensor | None = None
+    position: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        names = ("ids", "real", "keep", "labels", "slot_row", "slot_start")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        names = ("ids", "real", "keep", "labels", "slot_row", "slot_start", "branch", "position")
+        here = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in here.items()})
 
 
-def collate(table: TokenTable, rows: np.ndarray, *, image_id: int, tokens: int) -> Batch:
-    """Rows of a token table -> one padded batch; raises `PipelineError` naming a row whose images lack P placeholders."""
+def collate(
+    table: TokenTable, rows: np.ndarray | Sequence[np.ndarray], *, image_id: int, tokens: int, sharing: Sharing | None = None
+) -> Batch:
+    """Rows of a token table, or units of rows that `sharing` found, -> one padded batch, a row of it a unit.
+
+    Raises `PipelineError` naming a row whose images lack their P placeholders.
+    """
+    units = list(rows[:, None]) if isinstance(rows, np.ndarray) else rows
+    sharing = sharing or alone(table.lengths)
     if table.spec["tokens"] != tokens:
         raise PipelineError(
             f"rows hold {table.spec['tokens']} placeholders an image, features have {tokens} patches",
@@ -78,33 +108,45 @@ def collate(table: TokenTable, rows: np.ndarray, *, image_id: int, tokens: int) 
             remedy="dvc repro tokenize",
             code=ARTEFACT,
         )
-    found = [table.row(int(row)) for row in rows]
-    width = max(len(row.ids) for row in found)
-    ids = np.zeros((len(found), width), np.int64)
-    target = np.zeros((len(found), width), bool)
-    for i, row in enumerate(found):
-        ids[i, : len(row.ids)] = row.ids
-        for start, end in row.spans:
-            target[i, start:end] = True
-    slot_row = np.repeat(np.arange(len(found)), [len(row.image_start) for row in found])
-    slot_start = np.concatenate([row.image_start for row in found]).astype(np.int64)
-    slots = np.concatenate([np.arange(row.slots.start, row.slots.stop) for row in found]).astype(np.int64)
-    _check_runs(table, rows, ids, slot_row, slot_start, image_id, tokens)
+    lengths = np.array([sharing.unit_length(unit) for unit in units])
+    ids = np.zeros((len(units), int(lengths.max())), np.int64)
+    target = np.zeros(ids.shape, bool)
+    branch, position = np.full(ids.shape, -1, np.int16), np.zeros(ids.shape, np.int64)
+    firsts: list[Row] = []
+    for i, unit in enumerate(units):
+        prefix, start = int(sharing.prefix[unit[0]]), 0
+        found = [table.row(int(number)) for number in unit]
+        for row in found:
+            skip = prefix if start else 0
+            ids[i, start : start + len(row.ids) - skip] = row.ids[skip:]
+            for first, end in row.spans:
+                target[i, start - skip + first : start - skip + end] = True
+            start += len(row.ids) - skip
+        branch[i, :start], position[i, :start] = lay_out([len(row.ids) for row in found], prefix)
+        firsts.append(found[0])
+    slot_row = np.repeat(np.arange(len(firsts)), [len(row.image_start) for row in firsts])
+    slot_start = np.concatenate([row.image_start for row in firsts]).astype(np.int64)
+    slots = np.concatenate([np.arange(row.slots.start, row.slots.stop) for row in firsts]).astype(np.int64)
+    _check_runs(table, [int(unit[0]) for unit in units], ids, slot_row, slot_start, image_id, tokens)
     keep = np.zeros_like(target)
     keep[:, :-1] = target[:, 1:]
+    shared = any(len(unit) > 1 for unit in units)
     return Batch(
         ids=torch.from_numpy(ids),
-        real=torch.from_numpy(np.arange(width) < table.lengths[rows][:, None]),
+        real=torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]),
         keep=torch.from_numpy(keep),
         labels=torch.from_numpy(ids[target]),
         slots=slots,
         slot_row=torch.from_numpy(slot_row),
         slot_start=torch.from_numpy(slot_start),
+        tokens=int(lengths.sum()),
+        branch=torch.from_numpy(branch) if shared else None,
+        position=torch.from_numpy(position) if shared else None,
     )
 
 
 def _check_runs(
-    table: TokenTable, rows: np.ndarray, ids: np.ndarray, slot_row: np.ndarray, slot_start: np.ndarray, image_id: int, tokens: int
+    table: TokenTable, rows: list[int], ids: np.ndarray, slot_row: np.ndarray, slot_start: np.ndarray, image_id: int, tokens: int
 ) -> None:
     if not len(slot_row):
         return
@@ -115,7 +157,7 @@ def _check_runs(
         bad = int(np.argmin(held.all(1)))
         raise PipelineError(
             f"an image needs {tokens} placeholders, found {int(held[bad].sum())} at token {slot_start[bad]}",
-            where=table.where(int(rows[slot_row[bad]])),
+            where=table.where(rows[int(slot_row[bad])]),
             remedy="dvc repro -f tokenize",
             code=ARTEFACT,
         )

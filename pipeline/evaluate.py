@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from pipeline.ahead import run_ahead
 from pipeline.batches import Batch, collate, split_by_tokens
 from pipeline.generation import generate
 from pipeline.model import VisionLanguageModel
+from pipeline.sharing import Sharing, alone
 from pipeline.sources import FeatureSource
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
@@ -40,23 +42,33 @@ def heldout_loss(
     *,
     image_id: int,
     micro_tokens: int,
+    sharing: Sharing | None = None,
 ) -> float:
-    """Mean cross-entropy a supervised token over all rows."""
+    """Mean cross-entropy a supervised token over all rows; several processes (accelerate) divide them."""
     model.eval()
-    parts = split_by_tokens(np.arange(len(table)), table.lengths, micro_tokens)
+    sharing, rank, ranks = sharing or alone(table.lengths), accelerator.process_index, accelerator.num_processes
+    parts = split_by_tokens(np.arange(len(table)), sharing, micro_tokens, rank=rank, ranks=ranks)
 
-    def load(rows: np.ndarray) -> tuple[Batch, Any]:
-        batch = collate(table, rows, image_id=image_id, tokens=source.tokens)
+    def load(units: list[np.ndarray]) -> tuple[Batch, Any]:
+        batch = collate(table, units, sharing=sharing, image_id=image_id, tokens=source.tokens)
         return batch, source.load(batch.slots)
 
     total = 0.0
-    for _, (batch, loaded) in tqdm(run_ahead(parts, load), total=len(parts), desc="held-out loss", unit="batch", mininterval=0.5):
+    for _, (batch, loaded) in tqdm(
+        run_ahead(parts, load),
+        total=len(parts),
+        desc="held-out loss",
+        unit="batch",
+        mininterval=0.5,
+        disable=not accelerator.is_main_process,
+    ):
         batch = batch.to(accelerator.device)
         features = source.features(loaded).to(accelerator.device)
         with accelerator.autocast():
             loss, _ = model(batch, features)
         total += float(loss)
-    return total / int(table.supervised.sum())
+    summed = accelerator.reduce(torch.tensor(total, dtype=torch.float64, device=accelerator.device), "sum")
+    return float(summed) / int(table.supervised.sum())
 
 
 @torch.inference_mode()
@@ -83,12 +95,20 @@ def answer_accuracy(
     same = _same_prompts(asked, [row.slots for row in rows], None if blind else table.image_hashes())
     same.sort(key=lambda group: -len(asked[group[0]]))  # like lengths together: little padding
     parts = [same[start : start + batch_size] for start in range(0, len(same), batch_size)]
-    answers = [""] * len(rows)
+    parts = parts[accelerator.process_index :: accelerator.num_processes]
+    answers: dict[int, str] = {}
 
     def load(part: list[list[int]]) -> Any:
         return source.load(np.concatenate([np.array(rows[group[0]].slots, np.int64) for group in part]))
 
-    for part, loaded in tqdm(run_ahead(parts, load), total=len(parts), desc=name, unit="batch", mininterval=0.5):
+    for part, loaded in tqdm(
+        run_ahead(parts, load),
+        total=len(parts),
+        desc=name,
+        unit="batch",
+        mininterval=0.5,
+        disable=not accelerator.is_main_process,
+    ):
         firsts = [group[0] for group in part]
         features = source.features(loaded)
         with accelerator.autocast():
@@ -106,7 +126,10 @@ def answer_accuracy(
             for number in group:
                 answers[number] = text
     expected = [builder.decode(row.ids[row.spans[-1][0] : row.spans[-1][1]]) for row in rows]
-    return Score(sum(a.strip() == e.strip() for a, e in zip(answers, expected, strict=True)), len(rows)), answers
+    everyone = gather_object([answers]) if accelerator.num_processes > 1 else [answers]
+    found = {number: text for part in everyone for number, text in part.items()}
+    given = [found[number] for number in range(len(rows))]
+    return Score(sum(a.strip() == e.strip() for a, e in zip(given, expected, strict=True)), len(rows)), given
 
 
 def _same_prompts(asked: list[np.ndarray], slots: list[range], hashes: np.ndarray | None) -> list[list[int]]:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.batches import Batch
 from pipeline.errors import ARTEFACT, PipelineError, brief
+from pipeline.sharing import branch_mask
 
 
 def build_projector(kind: str, width: int, hidden: int) -> nn.Sequential:
@@ -77,7 +78,9 @@ class VisionLanguageModel(nn.Module):
         Hidden states are gathered at supervised positions before the vocabulary projection, so [B, T, V] never exists.
         Right padding needs no mask: a causal model's real tokens never see it. Only a router's own loss would count it.
         """
-        extra = {"output_router_logits": True, "attention_mask": batch.real.long()} if self.router_trains else {}
+        extra: dict[str, Any] = {"output_router_logits": True, "attention_mask": batch.real.long()} if self.router_trains else {}
+        if batch.branch is not None:
+            extra = {"attention_mask": self._mask(batch.branch), "position_ids": batch.position}
         output = self.language_model(
             inputs_embeds=self.embed(batch.ids, features, batch.slot_row, batch.slot_start),
             logits_to_keep=batch.keep,
@@ -88,6 +91,15 @@ class VisionLanguageModel(nn.Module):
         loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
         router = getattr(output, "aux_loss", None) if self.router_trains else None
         return loss, loss.new_zeros(()) if router is None else router * self.language_model.config.router_aux_loss_coef
+
+    def _mask(self, branch: torch.Tensor) -> torch.Tensor:
+        """Who sees whom, as the attention in use takes it: sdpa asks for booleans, eager adds numbers."""
+        seen = branch_mask(branch)
+        if self.language_model.config._attn_implementation != "eager":
+            return seen
+        weight: Any = self.language_model.get_input_embeddings().weight
+        dtype: torch.dtype = weight.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def frozen_digest(model: VisionLanguageModel) -> str:

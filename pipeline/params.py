@@ -69,6 +69,7 @@ class Projector(Section):
 class Training(Section):
     train: Train
     features: Literal["stored", "live"]
+    share_images: bool
     epochs: Positive
     batch_size: Positive
     micro_tokens: Positive

@@ -94,7 +94,7 @@ def write_shard(path: Path, hashes: np.ndarray, spec: dict[str, Any], rows: Rows
                     raise ValueError(f"batch is {batch.dtype} {batch.shape}")
                 batch = np.ascontiguousarray(batch)
                 sums[done : done + len(batch)] = [xxhash.xxh3_64_intdigest(row.data) for row in batch]
-                _write_all(handle, memoryview(batch).cast("B"), offsets["features"] + size * done)
+                _write_all(handle, batch.reshape(-1).view(np.uint8).data, offsets["features"] + size * done)
                 done += len(batch)
             if done != len(hashes):
                 raise ValueError(f"{done} rows for {len(hashes)} images")

@@ -33,6 +33,7 @@ from pipeline.model import (
 )
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.resume import Resume
+from pipeline.sharing import LONGEST, Sharing, find_sharing
 from pipeline.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
@@ -52,8 +53,9 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     table, heldout = TokenTable(TOKENS / f"{name}.arrow"), TokenTable(TOKENS / "heldout.arrow", limit=params.evaluate.limit)
     builder = _builder(params, encoder, table, heldout)
     model = _model(params, training, encoder, precision, start)
+    sharing = _sharing(training, model, table, name)
     longest = int(max(table.lengths.max(), heldout.lengths.max()))
-    model.language_model.set_attn_implementation(pick_attention(device, longest))
+    model.language_model.set_attn_implementation(pick_attention(device, longest if sharing is None else LONGEST))
     counts = freeze(model, training.train)
     print(
         f"{name}: {counts['projector']:,} projector and {counts['language_model']:,} language-model parameters train, "
@@ -67,7 +69,18 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     before = frozen_digest(model)
     resume = _resume(params, training, schedule, model, encoder, table, precision, name)
     keeper = Keeper(resume, minutes=params.runtime.save_minutes)
-    history = train(model, table, source, schedule, accelerator, image_id=builder.image_id, name=name, keeper=keeper)
+    history = train(
+        model,
+        table,
+        source,
+        schedule,
+        accelerator,
+        image_id=builder.image_id,
+        name=name,
+        sharing=sharing,
+        keeper=keeper,
+        threads=max(1, params.runtime.workers),
+    )
     if frozen_digest(model) != before or any(p.grad is not None for p in model.parameters() if not p.requires_grad):
         raise AssertionError("a frozen parameter has changed or has a gradient")
     _save(params, model, encoder, builder, training.train, start, Path("models") / name)
@@ -78,6 +91,20 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
         "train_loss": round(sum(row["loss"] for row in history[-20:]) / len(history[-20:]), 6),
         "steps": len(history),
     }
+
+
+def _sharing(training: Training, model: VisionLanguageModel, table: TokenTable, name: str) -> Sharing | None:
+    """Which rows share their beginning, where params ask for it and the language model can have it."""
+    if not training.share_images:
+        return None
+    config = model.language_model.config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None or getattr(config, "router_aux_loss_coef", None) is not None:
+        kind = "attends to a sliding window" if window is not None else "has a router that counts tokens"
+        raise PipelineError(f"{config.model_type} {kind}", where=f"{name}.share_images", remedy=f"set {name}.share_images: false")
+    sharing = find_sharing(table)
+    print(f"{name}: {len(table):,} rows share {sharing.group.max() + 1:,} beginnings, {sharing.rows_a_group:.1f} each", flush=True)
+    return sharing
 
 
 def _resume(
@@ -98,6 +125,7 @@ def _resume(
     depends = {
         "schedule": asdict(schedule),
         "train": training.train,
+        "share_images": training.share_images,
         "projector": params.projector.kind,
         "precision": precision,
         "encoder": encoder.spec(),

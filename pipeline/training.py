@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from pipeline.errors import INTERRUPTED, NUMERIC, USAGE, PipelineError
 from pipeline.hardware import peak_memory_gb
 from pipeline.model import VisionLanguageModel
 from pipeline.resume import Resume
+from pipeline.sharing import Sharing, alone
 from pipeline.sources import FeatureSource
 from pipeline.tokens import TokenTable
 
@@ -47,9 +49,15 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One micro-batch of a step: `share` is 1 / supervised tokens of the whole step, `parts` its micro-batches."""
+    """One micro-batch of a step, as this process does it.
 
-    rows: np.ndarray
+    Attributes:
+        units: rows, those that share a beginning together (see `pipeline.sharing`).
+        share: 1 / supervised tokens of the whole step, of all processes; 0 where a step has too few units for all.
+        parts: this process's micro-batches of the step; `last` of them closes it.
+    """
+
+    units: list[np.ndarray]
     share: float
     parts: int
     last: bool
@@ -67,12 +75,24 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, weight_decay: float) ->
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def plan_work(table: TokenTable, schedule: Schedule, epoch: int, skip: int = 0) -> Iterator[Work]:
-    """The micro-batches of an epoch, in order, from its step `skip` on."""
-    steps = plan_epoch(table.lengths, batch_size=schedule.batch_size, seed=schedule.seed, epoch=epoch)
+def plan_work(
+    table: TokenTable,
+    schedule: Schedule,
+    epoch: int,
+    *,
+    sharing: Sharing | None = None,
+    skip: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[Work]:
+    """The micro-batches of an epoch that fall to one of `ranks` processes, in order, from the epoch's step `skip` on."""
+    sharing = sharing or alone(table.lengths)
+    shared = sharing if sharing.rows_a_group > 1 else None
+    steps = plan_epoch(table.lengths, batch_size=schedule.batch_size, seed=schedule.seed, epoch=epoch, sharing=shared)
     for rows in steps[skip:]:
-        parts = split_by_tokens(rows, table.lengths, schedule.micro_tokens)
-        share = 1.0 / int(table.supervised[rows].sum())
+        parts = split_by_tokens(rows, sharing, schedule.micro_tokens, rank=rank, ranks=ranks)
+        share = 1.0 / int(table.supervised[rows].sum()) if parts else 0.0
+        parts = parts or [[rows[:1]]]  # every process takes part in every step
         for number, part in enumerate(parts, start=1):
             yield Work(part, share, len(parts), number == len(parts))
 
@@ -86,11 +106,14 @@ def train(
     *,
     image_id: int,
     name: str,
+    sharing: Sharing | None = None,
     keeper: "Keeper | None" = None,
+    threads: int = 1,
 ) -> list[dict[str, float]]:
     """Train in place; returns the history, a row a step: step, epoch, loss (per supervised token), lr, grad_norm.
 
     `keeper` saves the state now and then and brings an interrupted run back; without one a run starts at its beginning.
+    `threads` load ahead. Several processes (accelerate) divide each step between them; the history is the same in all.
     Raises `PipelineError` before the update that a non-finite loss or gradient would spoil, and when told to stop.
     """
     steps_per_epoch = -(-len(table) // schedule.batch_size)
@@ -102,27 +125,33 @@ def train(
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     wrapped.train()
-    meter = _Meter(steps, len(history), name, table, accelerator.device)
+    sharing = sharing or alone(table.lengths)
+    ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
+    meter = _Meter(steps, len(history), name, accelerator)
 
     def load(work: Work) -> tuple[Batch, Any]:
-        batch = collate(table, work.rows, image_id=image_id, tokens=source.tokens)
+        batch = collate(table, work.units, sharing=sharing, image_id=image_id, tokens=source.tokens)
         return batch, source.load(batch.slots)
 
     for epoch in range(len(history) // steps_per_epoch, schedule.epochs):
         total = torch.zeros((), device=accelerator.device)
-        planned = plan_work(table, schedule, epoch, skip=len(history) - epoch * steps_per_epoch)
+        planned = plan_work(table, schedule, epoch, sharing=sharing, skip=len(history) - epoch * steps_per_epoch, **ranks)
         torch.manual_seed(schedule.seed + len(history))  # dropout, where a model has any, follows from the step
-        for work, (batch, loaded) in meter.waiting(run_ahead(planned, load)):
+        for work, (batch, loaded) in meter.waiting(run_ahead(planned, load, depth=threads + 1, threads=threads)):
             batch = batch.to(accelerator.device)
-            loss, router = wrapped(batch, source.features(loaded).to(accelerator.device, non_blocking=True))
-            accelerator.backward(loss * work.share + router / work.parts)
+            features = source.features(loaded).to(accelerator.device, non_blocking=True)
+            with nullcontext() if work.last else accelerator.no_sync(wrapped):
+                loss, router = wrapped(batch, features)
+                # gradients are averaged over processes, the loss is a sum over all of them
+                accelerator.backward(loss * (work.share * accelerator.num_processes) + router / work.parts)
             total += loss.detach() * work.share
-            meter.count(batch.ids.numel(), work.rows)
+            meter.count(batch)
             if not work.last:
                 continue
+            total = accelerator.reduce(total, "sum")
             norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], schedule.clip_norm)
             _require_finite(
-                total, norm, len(history), schedule, table.where(int(work.rows[0])), scaled=accelerator.scaler is not None
+                total, norm, len(history), schedule, table.where(int(work.units[0][0])), scaled=accelerator.scaler is not None
             )
             row = {
                 "step": len(history),
@@ -136,10 +165,10 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             history.append(row)
             meter.show(row)
-            total.zero_()
+            total = torch.zeros_like(total)
             torch.manual_seed(schedule.seed + len(history))
             if keeper:
-                keeper.after_step(model, optimizer, history, accelerator.scaler, last=len(history) == steps)
+                keeper.after_step(model, optimizer, history, accelerator, last=len(history) == steps)
     meter.close()
     accelerator.free_memory()
     return history
@@ -178,12 +207,23 @@ class Keeper:
         return history
 
     def after_step(
-        self, model: VisionLanguageModel, optimizer: Any, history: list[dict[str, float]], scaler: Any, *, last: bool
+        self,
+        model: VisionLanguageModel,
+        optimizer: Any,
+        history: list[dict[str, float]],
+        accelerator: Accelerator,
+        *,
+        last: bool,
     ) -> None:
-        """Save when it is time; raises `PipelineError` when the run was asked to stop."""
-        if not (last or self._stop or time.monotonic() - self._saved >= self._seconds):
+        """Save when it is time; raises `PipelineError` when the run was asked to stop. All processes decide alike."""
+        due = time.monotonic() - self._saved >= self._seconds
+        if accelerator.num_processes > 1:
+            asked = torch.tensor([due, self._stop], dtype=torch.float32, device=accelerator.device)
+            due, self._stop = (bool(flag) for flag in accelerator.reduce(asked, "sum"))
+        if not (last or self._stop or due):
             return
-        self._resume.save(model, getattr(optimizer, "optimizer", optimizer), history, scaler)
+        if accelerator.is_main_process:
+            self._resume.save(model, getattr(optimizer, "optimizer", optimizer), history, accelerator.scaler)
         self._saved = time.monotonic()
         if self._stop and not last:
             raise PipelineError(
@@ -194,10 +234,11 @@ class Keeper:
 class _Meter:
     """One progress line: loss, lr, tokens/s, padding share, share of the time spent waiting for data, memory."""
 
-    def __init__(self, steps: int, done: int, name: str, table: TokenTable, device: torch.device) -> None:
-        self._bar = tqdm(total=steps, initial=done, desc=name, unit="step", mininterval=0.5)
-        self._table, self._device = table, device
-        self._began, self._waited, self._padded, self._real = time.perf_counter(), 0.0, 0, 0
+    def __init__(self, steps: int, done: int, name: str, accelerator: Accelerator) -> None:
+        hidden = not accelerator.is_main_process
+        self._bar = tqdm(total=steps, initial=done, desc=name, unit="step", mininterval=0.5, disable=hidden)
+        self._device = accelerator.device
+        self._began, self._waited, self._padded, self._real, self._images = time.perf_counter(), 0.0, 0, 0, 0
 
     def waiting(self, items: Iterator[T]) -> Iterator[T]:
         while True:
@@ -208,9 +249,10 @@ class _Meter:
                 return
             yield item
 
-    def count(self, padded: int, rows: np.ndarray) -> None:
-        self._padded += padded
-        self._real += int(self._table.lengths[rows].sum())
+    def count(self, batch: Batch) -> None:
+        self._padded += batch.ids.numel()
+        self._real += batch.tokens
+        self._images += len(batch.slots)
 
     def show(self, row: dict[str, float]) -> None:
         spent = time.perf_counter() - self._began
@@ -218,6 +260,7 @@ class _Meter:
             loss=f"{row['loss']:.4f}",
             lr=f"{row['lr']:.1e}",
             tokens=f"{self._real / spent:,.0f}/s",
+            images=f"{self._images / spent:,.0f}/s",
             padding=f"{1 - self._real / self._padded:.0%}",
             wait=f"{self._waited / spent:.0%}",
             mem=f"{peak_memory_gb(self._device):.1f}GB",

@@ -34,19 +34,20 @@ LEAVES = [key for key in KEYS if key not in SECTIONS]
 
 
 def type_of(key: str) -> type:
-    """int, float, str or list: what the schema asks for."""
+    """int, float, bool, str or list: what the schema asks for."""
     section: Any = Params
     *sections, name = key.split(".")
     for part in sections:
         section = section.model_fields[part].annotation
     kind = section.model_fields[name].annotation
-    return list if get_origin(kind) is list else kind if kind in (int, float) else str
+    return list if get_origin(kind) is list else kind if kind in (int, float, bool) else str
 
 
 WRONG: dict[type, list[Any]] = {
     int: [True, "1", "fast", 1.5, None, [1], {}, -7, math.nan],
     float: [True, "1", "1e-5", "fast", None, [1.0], {}, -0.5, math.nan, math.inf],
     str: [True, 1, 1.5, None, ["a"], {}],
+    bool: [1, 0, "yes", "true", None, [True], {}],
     list: [True, 1, "a", None, [], [""], [1], {}],
 }
 
