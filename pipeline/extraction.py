@@ -8,9 +8,10 @@ images in order of first appearance, a fixed number to a shard, whatever was sto
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,11 +89,17 @@ def extract(
     out: Path,
     shard_rows: int,
     workers: int,
+    rank: int = 0,
+    ranks: int = 1,
+    wait: Callable[[], None] = lambda: None,
 ) -> Extraction:
     """Write the features of distinct images [n] (hashes uint8 [n, 32]) to `out`; returns what was done.
 
     New shards go to the first store; rows that any of them holds are taken over. Raises `PipelineError` when an image is
     bad (named), features are not finite, or the disk is too small (both figures).
+
+    Of `ranks` processes each encodes every `ranks`-th new shard; `wait` returns when all have come to it, then the first
+    process makes the output.
     """
     spec, folders = encoder.spec(), [store / fingerprint(encoder.spec()) for store in stores]
     folders[0].mkdir(parents=True, exist_ok=True)
@@ -103,22 +110,34 @@ def extract(
     todo = [number for number, path in enumerate(found) if path is None]
     known = ShardSet([Shard(path) for folder in folders if todo for path in sorted(folder.glob("*.h5"))], encoder.rows)
     rows = [known.find(hashes[parts[number]]) for number in todo]
-    wanted = [parts[number].start + i for number, stored in zip(todo, rows, strict=True) for i in np.flatnonzero(stored < 0)]
-    _announce(len(files), len(wanted), sum(map(len, rows)), encoder, folders[0])
-    stream = _Stream([files[i] for i in wanted], hashes[wanted], encoder, workers)
-    for number, stored in zip(todo, rows, strict=True):
-        found[number] = folders[0] / names[number]
-        write_shard(found[number], hashes[parts[number]], spec, encoder.rows, _batches(stored, known, stream))
+    fresh = {number: parts[number].start + np.flatnonzero(stored < 0) for number, stored in zip(todo, rows, strict=True)}
+    encoded = sum(map(len, fresh.values()))
+    if not rank:
+        _announce(len(files), encoded, sum(map(len, rows)), encoder, folders[0])
+    mine = todo[rank::ranks]
+    wanted = np.concatenate([np.empty(0, np.int64), *(fresh[number] for number in mine)])
+    stream = _Stream([files[i] for i in wanted.tolist()], hashes[wanted], encoder, workers, quiet=bool(rank))
+    for number, stored in list(zip(todo, rows, strict=True))[rank::ranks]:
+        write_shard(folders[0] / names[number], hashes[parts[number]], spec, encoder.rows, _batches(stored, known, stream))
     stream.report()
+    wait()
+    if not rank:
+        _make_output(out, [path or folders[0] / name for path, name in zip(found, names, strict=True)], spec, hashes, shard_rows)
+    wait()
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return Extraction(len(files), encoded, size, stream.seconds, stream.waited)
+
+
+def _make_output(out: Path, shards: list[Path], spec: dict[str, Any], hashes: np.ndarray, shard_rows: int) -> None:
+    """Link the shards that this data needs into the stage's output, with their list."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    linked = [link_or_copy(path, out / name) for path, name in zip(found, names, strict=True) if path]
+    linked = [link_or_copy(path, out / path.name) for path in shards]
     if not all(linked):
-        print(f"extract: {stores[0]} and {out} cannot share files, so features take their space twice")
-    shards = [{"file": name, "rows": len(hashes[part])} for name, part in zip(names, parts, strict=True)]
-    write_json(out / INDEX, {"shards": shards, "spec": spec})
-    size = sum(file.stat().st_size for file in out.iterdir())
-    return Extraction(len(files), len(wanted), size, stream.seconds, stream.waited)
+        print(f"extract: {shards[0].parent} and {out} cannot share files, so features take their space twice")
+    counts = [len(hashes[start : start + shard_rows]) for start in range(0, len(hashes), shard_rows)]
+    listed = [{"file": path.name, "rows": count} for path, count in zip(shards, counts, strict=True)]
+    write_json(out / INDEX, {"shards": listed, "spec": spec})
 
 
 def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Path) -> None:
@@ -146,8 +165,8 @@ class _Stream:
     `seconds` is what encoding took in all, `waited` how much of it the encoder stood still for want of a decoded picture.
     """
 
-    def __init__(self, files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, workers: int) -> None:
-        self._files, self._encoder, self._done = files, encoder, 0
+    def __init__(self, files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, workers: int, *, quiet: bool) -> None:
+        self._files, self._encoder, self._done, self._quiet = files, encoder, 0, quiet
         self.seconds, self.waited = 0.0, 0.0
         self._loader = DataLoader(
             _Pixels(files, hashes, encoder.preprocess),
@@ -163,7 +182,7 @@ class _Stream:
 
     def _encode(self) -> Iterator[np.ndarray]:
         size, first = self._encoder.batch, 0.0
-        with tqdm(total=len(self._files), unit="image", desc="extract", mininterval=0.5) as bar:
+        with tqdm(total=len(self._files), unit="image", desc="extract", mininterval=0.5, disable=self._quiet) as bar:
             asked = time.perf_counter()
             for batch in self._loader:
                 if isinstance(batch, PipelineError):
@@ -178,7 +197,7 @@ class _Stream:
                 self.seconds += ended - asked
                 self._done += len(rows)
                 bar.update(len(rows))
-                if self._done == 8 * size and len(self._files) > 16 * size:
+                if self._done == 8 * size and not self._quiet and len(self._files) > 16 * size:
                     rate = 7 * size / (self.seconds - first)
                     bar.write(f"extract: about {(len(self._files) - self._done) / rate:,.0f} s to go at {rate:,.0f} images/s")
                 elif self._done == size:
@@ -187,7 +206,7 @@ class _Stream:
 
     def report(self) -> None:
         """Say when the encoder was kept waiting."""
-        if self._done and self.waited > 0.05 * self.seconds:
+        if self._done and not self._quiet and self.waited > 0.05 * self.seconds:
             share, each = self.waited / self.seconds, self.waited / self._done
             print(
                 f"extract: {share:.0%} of the time went by waiting for decoded pictures ({1000 * each:.1f} ms each) "

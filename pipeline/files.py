@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from pipeline.errors import RESOURCE, PipelineError
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its place, synced, when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
@@ -24,7 +24,8 @@ def publish(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise PipelineError(f"cannot be written: {error.strerror or error}", where=str(path), code=RESOURCE) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -36,11 +37,10 @@ def write_json(path: Path, content: Any) -> None:
 @contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
     """As `publish` for a folder: whatever stood at `path` is replaced by the finished new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         for file in sorted(temporary.rglob("*")):
             _sync(file)

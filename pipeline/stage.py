@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError, exit_on_error
+from pipeline.launch import launch
 from pipeline.params import StageParams, load_for_stage, read_yaml
+
+PARALLEL = ("extract", "pretrain", "sft")
 
 
 def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
@@ -25,8 +28,12 @@ def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
         be_quiet()
         params = load_for_stage(name)
         _require_listed_models(name, params)
+        if params.runtime.processes > 1 and "RANK" not in os.environ and name in PARALLEL:
+            launch(f"stages.{name}", params.runtime.processes)
         began = time.perf_counter()
         figures = work(params)
+        if int(os.environ.get("RANK", "0")):
+            return
         from pipeline.files import write_json
         from pipeline.hardware import peak_memory_gb, pick_device
 

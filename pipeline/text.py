@@ -23,6 +23,10 @@ from pipeline.records import ImageSlot, Turn
 TEXT = 1  # part of every token table's fingerprint: raise it when this file gives other ids
 
 
+# answers are short, so a think block stays empty; some templates (MiniMind2) then write one in the prompt alone
+THINKING: tuple[dict[str, bool], ...] = ({"enable_thinking": False}, {})
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One conversation as token ids.
@@ -62,6 +66,7 @@ class PromptBuilder:
         self._control_ids = np.array(sorted(self.control.values()), dtype=np.int64)
         self._content = _content_tokenizer(self.tokenizer, set(self.control))
         self.pieces = lru_cache(maxsize=4096)(self._pieces)
+        self._options = next((options for options in THINKING if self._generates_as_trained(options)), THINKING[0])
         self.end_id = self.pieces(("user", "assistant"))[-1][self._end_of_turn(self.pieces(("user", "assistant"))[-1]) - 1]
         self._check()
 
@@ -79,10 +84,17 @@ class PromptBuilder:
             pieces.append(before)
         return tuple(tuple(self.tokenizer.encode(piece, add_special_tokens=False)) for piece in [*pieces, text])
 
+    def _generates_as_trained(self, options: dict[str, bool]) -> bool:
+        """Whether the template's generation prompt is what stands before an answer in training."""
+        self._options = options
+        asked = [{"role": "user", "content": "What is this?"}]
+        prompt = self._render(asked, generate=True)
+        return self._render([*asked, {"role": "assistant", "content": "A cat."}], generate=False).startswith(f"{prompt}A cat.")
+
     def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
-        try:  # enable_thinking: answers are short, so templates with a think block leave it empty
+        try:
             return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
-                messages, tokenize=False, add_generation_prompt=generate, enable_thinking=False
+                messages, tokenize=False, add_generation_prompt=generate, **self._options
             )
         except (TemplateError, ValueError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)

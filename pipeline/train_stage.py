@@ -49,15 +49,16 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     precision = pick_precision(training.precision, device)
     accelerator = Accelerator(mixed_precision=MIXED[precision], cpu=device.type == "cpu")
     set_seed(training.seed)
+    device = accelerator.device  # one a process
     encoder = _encoder(params, device)
     table, heldout = TokenTable(TOKENS / f"{name}.arrow"), TokenTable(TOKENS / "heldout.arrow", limit=params.evaluate.limit)
     builder = _builder(params, encoder, table, heldout)
     model = _model(params, training, encoder, precision, start)
-    sharing = _sharing(training, model, table, name)
+    sharing = _sharing(training, model, table, name, accelerator)
     longest = int(max(table.lengths.max(), heldout.lengths.max()))
     model.language_model.set_attn_implementation(pick_attention(device, longest if sharing is None else LONGEST))
     counts = freeze(model, training.train)
-    print(
+    accelerator.print(
         f"{name}: {counts['projector']:,} projector and {counts['language_model']:,} language-model parameters train, "
         f"{counts['frozen']:,} are frozen; {len(table):,} rows, features {training.features}, {precision} on {device}",
         flush=True,
@@ -83,17 +84,22 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     )
     if frozen_digest(model) != before or any(p.grad is not None for p in model.parameters() if not p.requires_grad):
         raise AssertionError("a frozen parameter has changed or has a gradient")
-    _save(params, model, encoder, builder, training.train, start, Path("models") / name)
-    _write_history(Path("results") / name / "history.csv", history)
+    if accelerator.is_main_process:
+        _save(params, model, encoder, builder, training.train, start, Path("models") / name)
+        _write_history(Path("results") / name / "history.csv", history)
     figures = _measure(params, training, model, heldout, heldout_source, accelerator, builder)
-    resume.clear()
+    if accelerator.is_main_process:
+        resume.clear()
+    accelerator.end_training()
     return figures | {
         "train_loss": round(sum(row["loss"] for row in history[-20:]) / len(history[-20:]), 6),
         "steps": len(history),
     }
 
 
-def _sharing(training: Training, model: VisionLanguageModel, table: TokenTable, name: str) -> Sharing | None:
+def _sharing(
+    training: Training, model: VisionLanguageModel, table: TokenTable, name: str, accelerator: Accelerator
+) -> Sharing | None:
     """Which rows share their beginning, where params ask for it and the language model can have it."""
     if not training.share_images:
         return None
@@ -103,7 +109,8 @@ def _sharing(training: Training, model: VisionLanguageModel, table: TokenTable, 
         kind = "attends to a sliding window" if window is not None else "has a router that counts tokens"
         raise PipelineError(f"{config.model_type} {kind}", where=f"{name}.share_images", remedy=f"set {name}.share_images: false")
     sharing = find_sharing(table)
-    print(f"{name}: {len(table):,} rows share {sharing.group.max() + 1:,} beginnings, {sharing.rows_a_group:.1f} each", flush=True)
+    shared = f"{len(table):,} rows share {sharing.group.max() + 1:,} beginnings, {sharing.rows_a_group:.1f} each"
+    accelerator.print(f"{name}: {shared}", flush=True)
     return sharing
 
 

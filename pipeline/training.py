@@ -4,6 +4,7 @@ accelerate owns the device, mixed precision and scaling. The loss of a step is t
 by their number, however the step is cut into micro-batches, so accumulating changes nothing but rounding.
 """
 
+import os
 import signal
 import threading
 import time
@@ -202,7 +203,7 @@ class Keeper:
     def start(self, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, scaler: Any) -> list[dict[str, float]]:
         """The history of the state that was brought back, empty for a fresh run."""
         history = self._resume.load(model, optimizer, scaler)
-        if history:
+        if history and os.environ.get("RANK", "0") == "0":
             print(f"resume: going on after step {len(history)}", flush=True)
         return history
 

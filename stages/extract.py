@@ -4,8 +4,11 @@ Reads the images that the pretraining and held-out records name; writes data/fea
 data/features_meta.json (P and Dv: all that tokenize needs to know).
 """
 
+import os
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from pipeline.extraction import distinct_images, extract
 from pipeline.files import main_checkout, write_json
@@ -24,13 +27,19 @@ def main(params: StageParams) -> dict[str, Any]:
         records = read_records(dataset.records, limit=params.data.limit)
         sources.append((ImageRoot(dataset.images), (name for record in records for name in record.images)))
     files, hashes = distinct_images(sources, threads=max(1, runtime.workers))
+    device = pick_device(runtime.device)
+    processes: dict[str, Any] = {}
+    if "RANK" in os.environ:
+        state = PartialState(cpu=device.type == "cpu")
+        device = state.device
+        processes = {"rank": state.process_index, "ranks": state.num_processes, "wait": state.wait_for_everyone}
     encoder = Encoder(
         vision.model,
         revision=vision.revision,
         layer=vision.layer,
         precision=vision.precision,
         storage=vision.storage,
-        device=pick_device(runtime.device),
+        device=device,
         batch=runtime.extract_batch,
     )
     done = extract(
@@ -41,8 +50,10 @@ def main(params: StageParams) -> dict[str, Any]:
         out=Path("data/features"),
         shard_rows=vision.shard_rows,
         workers=runtime.workers,
+        **processes,
     )
-    write_json(Path("data/features_meta.json"), {"tokens": encoder.tokens, "width": encoder.width})
+    if not processes.get("rank"):
+        write_json(Path("data/features_meta.json"), {"tokens": encoder.tokens, "width": encoder.width})
     rate = round(done.encoded / done.seconds, 1) if done.encoded else 0.0
     return {
         "images": done.images,

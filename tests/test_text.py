@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DIALECTS, train_tokenizer
+from conftest import CHATML, DIALECTS, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
@@ -234,3 +234,19 @@ def test_what_decides_the_ids_is_in_the_spec(builders: Builders, tokenizer_folde
     wider = PromptBuilder(str(tokenizer_folders["embedded"]), image_token="<image>", tokens=4)
     assert again.spec() == spec
     assert all(other.spec() != spec for other in (wider, builders["smollm2"], builders["qwen3"]))
+
+
+def test_a_template_that_writes_a_think_block_in_the_prompt_alone_is_used_without_one(tmp_path: Path) -> None:
+    """MiniMind2's: with enable_thinking=False its generation prompt has what training never shows."""
+    template = CHATML.replace(
+        "{{ '<|im_start|>assistant\n' }}",
+        "{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"
+        "{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+    )
+    assert template != CHATML
+    tokenizer = train_tokenizer("embedded")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    builder = PromptBuilder(str(tmp_path), image_token="<image>", tokens=3)
+    asked = builder.build_question([Turn("user", ("What is this?",))])
+    assert builder.tokenizer.decode(asked.ids).endswith("<|im_start|>assistant\n")
