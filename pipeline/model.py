@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pipeline.batches import Batch
 from pipeline.errors import ARTEFACT, PipelineError, brief
 from pipeline.sharing import branch_mask
+from pipeline.vocabulary import chunked_cross_entropy, too_large
 
 
 def build_projector(kind: str, width: int, hidden: int) -> nn.Sequential:
@@ -81,12 +82,12 @@ class VisionLanguageModel(nn.Module):
         extra: dict[str, Any] = {"output_router_logits": True, "attention_mask": batch.real.long()} if self.router_trains else {}
         if batch.branch is not None:
             extra = {"attention_mask": self._mask(batch.branch), "position_ids": batch.position}
-        output = self.language_model(
-            inputs_embeds=self.embed(batch.ids, features, batch.slot_row, batch.slot_start),
-            logits_to_keep=batch.keep,
-            use_cache=False,
-            **extra,
-        )
+        extra |= {"inputs_embeds": self.embed(batch.ids, features, batch.slot_row, batch.slot_start), "use_cache": False}
+        if not self.router_trains and too_large(len(batch.labels), self.language_model.config):
+            states = self.language_model.get_decoder()(**extra).last_hidden_state[batch.keep]  # [supervised, D]
+            loss = chunked_cross_entropy(self.language_model.get_output_embeddings(), states, batch.labels)
+            return loss, loss.new_zeros(())
+        output = self.language_model(logits_to_keep=batch.keep, **extra)
         logits = output.logits.reshape(-1, output.logits.shape[-1])
         loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
         router = getattr(output, "aux_loss", None) if self.router_trains else None

@@ -97,6 +97,8 @@ class Runtime(Section):
     live_cache_mb: Count
     save_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     eval_batch: Positive
+    live: bool
+    profile: Count
 
 
 class Params(Section):

@@ -16,16 +16,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.files import publish_folder
+from pipeline.vision import fingerprint
 
+DEPENDS = "depends.json"
 KEPT = 3  # unfinished runs of a stage whose states are kept
 
 
 class Resume:
-    """The states of one run, in `folder`/`stage`-`key`; each is a folder named by its step."""
+    """The states of one run, in `folder`/`stage`-`key`; each is a folder named by its step.
 
-    def __init__(self, folder: Path, stage: str, key: str) -> None:
-        self._parent, self._stage = folder, stage
-        self.folder = folder / f"{stage}-{key}"
+    Args:
+        depends: everything the result depends on; its hash is the key, so no other run's state is ever taken up.
+    """
+
+    def __init__(self, folder: Path, stage: str, depends: dict[str, Any]) -> None:
+        self._parent, self._stage, self._depends = folder, stage, depends
+        self.folder = folder / f"{stage}-{fingerprint(depends)}"
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, float]], scaler: Any) -> None:
         """Write the state after `len(history)` steps whole or not at all; earlier ones of this run are then removed."""
@@ -37,6 +43,7 @@ class Resume:
             save_file(tensors, temporary / "state.safetensors")
             notes = {"history": history, "scaler": scaler.state_dict() if scaler is not None else None}
             (temporary / "state.json").write_text(json.dumps(notes), encoding="utf-8")
+            (temporary / DEPENDS).write_text(json.dumps(self._depends), encoding="utf-8")
         for path in self.folder.iterdir():
             if path.name != target.name:
                 shutil.rmtree(path, ignore_errors=True)
@@ -66,8 +73,33 @@ class Resume:
             if scaler is not None and notes["scaler"]:
                 scaler.load_state_dict(notes["scaler"])
             return list(notes["history"])
+        self._name_differences()
         return []
+
+    def _name_differences(self) -> None:
+        """Say why the state of an unfinished run that is there is not taken up."""
+        others = sorted(self._parent.glob(f"{self._stage}-*/*/{DEPENDS}"), key=lambda path: path.stat().st_mtime)
+        if not others:
+            return
+        try:
+            other = _flat(json.loads(others[-1].read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return
+        mine = _flat(json.loads(json.dumps(self._depends)))
+        differ = [f"{key} {_short(other.get(key))} -> {_short(mine.get(key))}" for key in mine if other.get(key) != mine[key]]
+        print(f"resume: {others[-1].parent} is of another run ({', '.join(differ[:3])}), so this one starts afresh", flush=True)
 
     def clear(self) -> None:
         """The run is finished: its states are of no more use."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {prefix: content}
+    return {key: value for name, part in content.items() for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:12]}…"

@@ -82,8 +82,15 @@ class Int8Rows:
         mean, spread = self._constants(stored.device)
         end = self._tokens * self._width
         codes = stored[:, :end].view(torch.int8).unflatten(1, (self._tokens, self._width))
-        scale = stored[:, end : end + 2 * self._tokens].clone().view(torch.float16)[..., None]
-        return (codes * scale.float() * spread + mean).to(torch.float16)
+        scale = stored[:, end : end + 2 * self._tokens].clone().view(torch.float16).float()[..., None]
+        out = torch.empty(codes.shape, dtype=torch.float16, device=stored.device)
+        step = 4 if stored.device.type == "cpu" else max(1, len(stored))  # what stays in a processor's cache
+        held = torch.empty(min(step, len(stored)), *codes.shape[1:], device=stored.device)
+        for start in range(0, len(stored), step):
+            part = slice(start, start + step)
+            values = torch.mul(codes[part], scale[part], out=held[: len(codes[part])])
+            out[part] = values.mul_(spread).add_(mean)
+        return out
 
 
 def rows_of(spec: Mapping[str, Any], constants: Mapping[str, np.ndarray]) -> Rows:

@@ -146,9 +146,9 @@ def _write_all(handle: int, view: memoryview, offset: int) -> None:
 
 
 class Shard:
-    """A finished shard, open for reading: `hashes` [n, 32], `spec`, `rows` (their form) and rows from the page cache.
+    """A finished shard, open for reading: `hashes` [n, 32], `spec`, `rows` (their form), `stored` [n, *rows.shape] (mapped).
 
-    Every row's checksum is verified the first time it is read. Raises `PipelineError` naming the file.
+    `check` is to be asked for every row that is read. Raises `PipelineError` naming the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -170,14 +170,13 @@ class Shard:
                 raise ValueError(f"its rows are {dtype} {shape[1:]}, not what its spec says")
             with path.open("rb") as handle:
                 self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            self._rows = np.frombuffer(self._map, dtype, int(np.prod(shape)), self._offset).reshape(shape)
+            self.stored = np.frombuffer(self._map, dtype, int(np.prod(shape)), self._offset).reshape(shape)
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise self._damaged(f"not a readable shard: {brief(error)}") from None
         if self.fingerprint != fingerprint(self.spec) or len(self.hashes) != len(self._sums) or len(self._sums) != shape[0]:
             raise self._damaged("its parts contradict each other")
         self._map.madvise(mmap.MADV_RANDOM)  # read-around would fetch eight times what a random row needs
         self._bytes = row_bytes(self.rows)
-        self._verified = np.zeros(len(self.hashes), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -192,23 +191,16 @@ class Shard:
         aligned = start - start % PAGE
         self._map.madvise(mmap.MADV_WILLNEED, aligned, start + count * self._bytes - aligned)
 
-    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy rows [k] as they are stored into `out` [k, *rows.shape]."""
-        if len(rows) == 1:
-            np.copyto(out[0], self._rows[rows[0]])
-        else:
-            np.take(self._rows, rows, axis=0, out=out, mode="clip")
-        for position in np.flatnonzero(~self._verified[rows]):
-            row = int(rows[position])
-            if xxhash.xxh3_64_intdigest(out[position].data) != int(self._sums[row]):
-                raise self._damaged(f"row {row} (image {self.hashes[row].tobytes().hex()[:16]}…) fails its checksum")
-            self._verified[row] = True
+    def check(self, row: int, stored: np.ndarray) -> None:
+        """Raises `PipelineError` naming the image unless `stored` is what was written as this row."""
+        if xxhash.xxh3_64_intdigest(stored.data) != int(self._sums[row]):
+            raise self._damaged(f"row {row} (image {self.hashes[row].tobytes().hex()[:16]}…) fails its checksum")
 
     def bad_rows(self) -> Iterator[tuple[int, str]]:
         """Every row that is not what was written, with the reason; reads the whole shard, a block at a time."""
         for start in range(0, len(self), 256):
             self.announce(start, min(256, len(self) - start))
-            block = np.array(self._rows[start : start + 256])
+            block = np.array(self.stored[start : start + 256])
             finite = torch.isfinite(self.rows.decode(torch.from_numpy(block))).flatten(1).all(1)
             for i, row in enumerate(block):
                 if xxhash.xxh3_64_intdigest(row.data) != int(self._sums[start + i]):

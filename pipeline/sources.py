@@ -32,10 +32,14 @@ class LoadedImages:
 
 
 class FeatureSource(Protocol):
-    """Answers for the image slots of one token table, in two steps: `load` may run ahead in a thread."""
+    """Answers for the image slots of one token table, in steps: `announce` and `load` may run ahead in threads."""
 
     tokens: int
     width: int
+
+    def announce(self, slots: np.ndarray) -> None:
+        """Say that slots [S] will be loaded soon; returns at once."""
+        ...
 
     def load(self, slots: np.ndarray) -> Any:
         """Read what slots [S] need; no heavy computation."""
@@ -55,10 +59,12 @@ class StoredFeatures:
         self._pool = BufferPool(store.rows.shape, store.rows.dtype, pin=device.type == "cuda")
         self._copying: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
+    def announce(self, slots: np.ndarray) -> None:
+        self._store.announce(self._rows[slots])
+
     def load(self, slots: np.ndarray) -> torch.Tensor:
         rows = self._rows[slots]
         stored = self._pool.take(len(rows))
-        self._store.announce(rows)
         self._store.read_into(rows, stored.numpy())
         return stored
 
@@ -90,6 +96,9 @@ class LiveFeatures:
         self._names, self._hashes = table.image_names(), table.image_hashes()
         self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._room = cache_bytes // (encoder.tokens * encoder.width * 2)
+
+    def announce(self, slots: np.ndarray) -> None:
+        """Files are read whole by `load`."""
 
     def load(self, slots: np.ndarray) -> LoadedImages:
         keys = [self._hashes[slot].tobytes() for slot in slots]
@@ -126,6 +135,9 @@ class NoFeatures:
 
     def __init__(self, source: FeatureSource) -> None:
         self.tokens, self.width = source.tokens, source.width
+
+    def announce(self, slots: np.ndarray) -> None:
+        """Nothing to read."""
 
     def load(self, slots: np.ndarray) -> torch.Tensor:
         return torch.zeros(len(slots), self.tokens, self.width, dtype=torch.float16)

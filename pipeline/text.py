@@ -24,7 +24,7 @@ TEXT = 1  # part of every token table's fingerprint: raise it when this file giv
 
 
 # answers are short, so a think block stays empty; some templates (MiniMind2) then write one in the prompt alone
-THINKING: tuple[dict[str, bool], ...] = ({"enable_thinking": False}, {})
+THINKING: tuple[dict[str, Any], ...] = ({"enable_thinking": False}, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class PromptBuilder:
             pieces.append(before)
         return tuple(tuple(self.tokenizer.encode(piece, add_special_tokens=False)) for piece in [*pieces, text])
 
-    def _generates_as_trained(self, options: dict[str, bool]) -> bool:
+    def _generates_as_trained(self, options: dict[str, Any]) -> bool:
         """Whether the template's generation prompt is what stands before an answer in training."""
         self._options = options
         asked = [{"role": "user", "content": "What is this?"}]

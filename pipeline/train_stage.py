@@ -20,7 +20,7 @@ from pipeline.errors import ARTEFACT, PipelineError
 from pipeline.evaluate import answer_accuracy, heldout_loss
 from pipeline.features import FeatureStore
 from pipeline.files import main_checkout, publish
-from pipeline.hardware import pick_attention, pick_device, pick_precision
+from pipeline.hardware import pick_attention, pick_device, pick_precision, use_fast_float32
 from pipeline.images import ImageRoot
 from pipeline.model import (
     VisionLanguageModel,
@@ -38,7 +38,8 @@ from pipeline.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeat
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
 from pipeline.training import MIXED, Keeper, Schedule, train
-from pipeline.vision import Encoder, fingerprint
+from pipeline.vision import Encoder
+from pipeline.watch import watching
 
 TOKENS, FEATURES = Path("data/tokens"), Path("data/features")
 
@@ -48,6 +49,7 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     device = pick_device(params.runtime.device)
     precision = pick_precision(training.precision, device)
     accelerator = Accelerator(mixed_precision=MIXED[precision], cpu=device.type == "cpu")
+    use_fast_float32()
     set_seed(training.seed)
     device = accelerator.device  # one a process
     encoder = _encoder(params, device)
@@ -70,18 +72,22 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     before = frozen_digest(model)
     resume = _resume(params, training, schedule, model, encoder, table, precision, name)
     keeper = Keeper(resume, minutes=params.runtime.save_minutes)
-    history = train(
-        model,
-        table,
-        source,
-        schedule,
-        accelerator,
-        image_id=builder.image_id,
-        name=name,
-        sharing=sharing,
-        keeper=keeper,
-        threads=max(1, params.runtime.workers),
-    )
+    first, runtime = accelerator.is_main_process, params.runtime
+    folder = main_checkout() / ".dvc" / "tmp" / "watch" / name
+    with watching(folder, profile=runtime.profile if first else 0, live=runtime.live and first) as watch:
+        history = train(
+            model,
+            table,
+            source,
+            schedule,
+            accelerator,
+            image_id=builder.image_id,
+            name=name,
+            sharing=sharing,
+            keeper=keeper,
+            watch=watch,
+            threads=max(1, runtime.workers),
+        )
     if frozen_digest(model) != before or any(p.grad is not None for p in model.parameters() if not p.requires_grad):
         raise AssertionError("a frozen parameter has changed or has a gradient")
     if accelerator.is_main_process:
@@ -139,7 +145,7 @@ def _resume(
         "tokens": tokens.hexdigest(),
         "weights": weights_digest(model.parameters()),
     }
-    return Resume(main_checkout() / ".dvc" / "tmp" / "resume", name, fingerprint(depends))
+    return Resume(main_checkout() / ".dvc" / "tmp" / "resume", name, depends)
 
 
 def _encoder(params: StageParams, device: torch.device) -> Encoder:

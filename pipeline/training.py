@@ -28,6 +28,7 @@ from pipeline.resume import Resume
 from pipeline.sharing import Sharing, alone
 from pipeline.sources import FeatureSource
 from pipeline.tokens import TokenTable
+from pipeline.watch import Step
 
 T = TypeVar("T")
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -109,12 +110,14 @@ def train(
     name: str,
     sharing: Sharing | None = None,
     keeper: "Keeper | None" = None,
+    watch: Step | None = None,
     threads: int = 1,
 ) -> list[dict[str, float]]:
     """Train in place; returns the history, a row a step: step, epoch, loss (per supervised token), lr, grad_norm.
 
     `keeper` saves the state now and then and brings an interrupted run back; without one a run starts at its beginning.
-    `threads` load ahead. Several processes (accelerate) divide each step between them; the history is the same in all.
+    `watch` is called with each step's figures. `threads` load ahead. Several processes (accelerate) divide each step
+    between them; the history is the same in all.
     Raises `PipelineError` before the update that a non-finite loss or gradient would spoil, and when told to stop.
     """
     steps_per_epoch = -(-len(table) // schedule.batch_size)
@@ -130,15 +133,20 @@ def train(
     ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
     meter = _Meter(steps, len(history), name, accelerator)
 
-    def load(work: Work) -> tuple[Batch, Any]:
+    def prepare(work: Work) -> Batch:
         batch = collate(table, work.units, sharing=sharing, image_id=image_id, tokens=source.tokens)
-        return batch, source.load(batch.slots)
+        source.announce(batch.slots)
+        return batch
+
+    def load(prepared: tuple[Work, Batch]) -> Any:
+        return source.load(prepared[1].slots)
 
     for epoch in range(len(history) // steps_per_epoch, schedule.epochs):
         total = torch.zeros((), device=accelerator.device)
         planned = plan_work(table, schedule, epoch, sharing=sharing, skip=len(history) - epoch * steps_per_epoch, **ranks)
         torch.manual_seed(schedule.seed + len(history))  # dropout, where a model has any, follows from the step
-        for work, (batch, loaded) in meter.waiting(run_ahead(planned, load, depth=threads + 1, threads=threads)):
+        batches = run_ahead(run_ahead(planned, prepare, depth=threads + 1), load, depth=threads + 1, threads=threads)
+        for (work, batch), loaded in meter.waiting(batches):
             batch = batch.to(accelerator.device)
             features = source.features(loaded).to(accelerator.device, non_blocking=True)
             with nullcontext() if work.last else accelerator.no_sync(wrapped):
@@ -166,6 +174,8 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             history.append(row)
             meter.show(row)
+            if watch:
+                watch(row)
             total = torch.zeros_like(total)
             torch.manual_seed(schedule.seed + len(history))
             if keeper:

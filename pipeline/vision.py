@@ -94,6 +94,10 @@ class Encoder(nn.Module):
             raise PipelineError(
                 f"vision.layer is {layer}; {model} has {config.num_hidden_layers} layers", remedy="set vision.layer"
             )
+        self._weights, self._config = _weights_digest(self.tower), _plain_config(config)
+        self._state = layer if layer >= 0 else config.num_hidden_layers + 1 + layer
+        if layer != -1:
+            _keep_layers(self.tower, self._state)
         self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
 
         self.rows = self._rows(storage)
@@ -141,7 +145,7 @@ class Encoder(nn.Module):
         values = (pixels.to(device).float() * self.preprocess.rescale - self._mean.to(device)) / self._std.to(device)
         with autocast(precision, device):
             output = tower(values, output_hidden_states=self.layer != -1)
-        hidden = output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
+        hidden = output.last_hidden_state if self.layer == -1 else output.hidden_states[self._state]
         return hidden[:, hidden.shape[1] - self.tokens :]
 
     def encode_files(self, files: Sequence[bytes], names: Sequence[str]) -> torch.Tensor:
@@ -157,8 +161,8 @@ class Encoder(nn.Module):
         return {
             **stored,
             "features": FEATURES,
-            "weights": _weights_digest(self.tower),
-            "config": _plain_config(self.tower.config),
+            "weights": self._weights,
+            "config": self._config,
             "preprocess": self.preprocess.describe(),
             "layer": self.layer,
             "precision": self.precision,
@@ -187,6 +191,13 @@ def _load_tower(model: str, revision: str) -> PreTrainedModel:
     if info["missing_keys"]:
         raise PipelineError(f"{model} lacks weights: {sorted(info['missing_keys'])[0]} and others", code=ARTEFACT)
     return tower
+
+
+def _keep_layers(tower: PreTrainedModel, count: int) -> None:
+    """Leave out the layers whose output nobody asks for: LLaVA's -2 would compute the last one in vain."""
+    stack: Any = next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
+    del stack[max(1, count) :]
+    tower.config.num_hidden_layers = len(stack)
 
 
 def _unloadable(model: str, error: Exception) -> PipelineError:

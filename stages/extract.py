@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from pipeline.extraction import distinct_images, extract
 from pipeline.files import main_checkout, write_json
-from pipeline.hardware import pick_device
+from pipeline.hardware import pick_device, use_fast_float32
 from pipeline.images import ImageRoot
 from pipeline.params import StageParams
 from pipeline.records import read_records
@@ -27,6 +27,7 @@ def main(params: StageParams) -> dict[str, Any]:
         records = read_records(dataset.records, limit=params.data.limit)
         sources.append((ImageRoot(dataset.images), (name for record in records for name in record.images)))
     files, hashes = distinct_images(sources, threads=max(1, runtime.workers))
+    use_fast_float32()
     device = pick_device(runtime.device)
     processes: dict[str, Any] = {}
     if "RANK" in os.environ:

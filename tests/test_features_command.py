@@ -60,7 +60,7 @@ def test_every_flipped_bit_is_noticed(store: Path) -> None:
 def test_a_damaged_row_is_listed_by_image_and_the_others_are_not(store: Path) -> None:
     shard = Shard(store / "a.h5")
     damaged = bytearray((store / "a.h5").read_bytes())
-    row = shard._rows[3].tobytes()
+    row = shard.stored[3].tobytes()
     at = damaged.find(row)
     damaged[at + 5] ^= 64
     (store / "a.h5").unlink()

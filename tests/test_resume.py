@@ -55,7 +55,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_bits_of_an_undisturbed_one(
     codes = []
     while True:
         try:
-            resumed, pieces = attempt(world, what, Stopping(Resume(tmp_path, "t", "k"), stride))
+            resumed, pieces = attempt(world, what, Stopping(Resume(tmp_path, "t", {"k": 1}), stride))
             break
         except PipelineError as error:
             codes.append(error.code)
@@ -65,7 +65,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_bits_of_an_undisturbed_one(
 
 
 def test_a_finished_run_is_not_trained_again(world: World, tmp_path: Path) -> None:
-    resume = Resume(tmp_path, "t", "k")
+    resume = Resume(tmp_path, "t", {"k": 1})
     first, history = attempt(world, "projector", Keeper(resume, minutes=60))
     second, again = attempt(world, "projector", Stopping(resume, 1))  # would stop at the first step it made
     assert again == history
@@ -75,7 +75,7 @@ def test_a_finished_run_is_not_trained_again(world: World, tmp_path: Path) -> No
 
 
 def test_a_damaged_newest_state_is_passed_over_aloud(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    resume = Resume(tmp_path, "t", "k")
+    resume = Resume(tmp_path, "t", {"k": 1})
     with pytest.raises(PipelineError):
         attempt(world, "projector", Stopping(resume, 2))
     (newest,) = resume.folder.iterdir()
@@ -90,13 +90,26 @@ def test_a_damaged_newest_state_is_passed_over_aloud(world: World, tmp_path: Pat
 def test_only_the_last_unfinished_runs_are_kept(world: World, tmp_path: Path) -> None:
     for key in "abcdef":
         with pytest.raises(PipelineError):
-            attempt(world, "projector", Stopping(Resume(tmp_path, "t", key), 1))
+            attempt(world, "projector", Stopping(Resume(tmp_path, "t", {"k": key}), 1))
         time.sleep(0.02)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["t-d", "t-e", "t-f"]
+    assert {path.name for path in tmp_path.iterdir()} == {Resume(tmp_path, "t", {"k": key}).folder.name for key in "def"}
+
+
+def test_a_state_of_other_params_is_not_taken_up_and_the_difference_is_named(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(PipelineError):
+        attempt(world, "projector", Stopping(Resume(tmp_path, "t", {"schedule": {"lr": 0.5, "seed": 1}, "tokens": "a" * 32}), 1))
+    other = Resume(tmp_path, "t", {"schedule": {"lr": 0.25, "seed": 1}, "tokens": "b" * 32})
+    _, history = attempt(world, "projector", Keeper(other, minutes=60))
+    assert history[0]["step"] == 0
+    said = capsys.readouterr().out
+    assert "schedule.lr 0.5 -> 0.25, tokens aaaaaaaaaaaa… -> bbbbbbbbbbbb…" in said
+    assert "seed" not in said
 
 
 def test_the_schedule_of_learning_rates_is_unbroken(world: World, tmp_path: Path) -> None:
-    resume = Resume(tmp_path, "t", "k")
+    resume = Resume(tmp_path, "t", {"k": 1})
     with pytest.raises(PipelineError):
         attempt(world, "projector", Stopping(resume, 3))
     _, pieces = attempt(world, "projector", Keeper(resume, minutes=60))

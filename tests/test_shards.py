@@ -11,7 +11,7 @@ from conftest import World
 
 from pipeline.errors import PipelineError
 from pipeline.extraction import Extraction, distinct_images, extract
-from pipeline.features import INDEX, FeatureStore
+from pipeline.features import INDEX, FeatureStore, ShardSet
 from pipeline.images import ImageError, ImageRoot, digest
 from pipeline.rows import Float16Rows
 from pipeline.shards import Shard, shard_name, write_shard
@@ -33,7 +33,7 @@ def shard(tmp_path: Path) -> Path:
 
 def rows(shard: Shard, numbers: list[int]) -> np.ndarray:
     out = np.empty((len(numbers), *ROW), np.float16)
-    shard.read(np.array(numbers), out)
+    ShardSet([shard], ROWS).read_into(np.array(numbers), out)
     return out
 
 

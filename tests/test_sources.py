@@ -18,7 +18,7 @@ from pipeline.features import FeatureStore
 from pipeline.images import ImageRoot, decode
 from pipeline.model import VisionLanguageModel
 from pipeline.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
-from pipeline.vision import Encoder, fingerprint
+from pipeline.vision import Encoder, _load_tower, fingerprint
 
 # rows of the world: with one picture, with two, with one twice, with none, with one that another row of the batch shows too
 BATCHES = {"one": [0], "two in a row": [2], "one twice in a row": [3], "one in two rows": [0, 6, 7], "none": [4, 9],
@@ -150,7 +150,7 @@ def test_features_are_the_patch_states_that_transformers_computes(
     found = encoder.encode_files([png(0), png(1), png(2)], ["0", "1", "2"])
     inputs = processor([decode(png(number), where="x") for number in range(3)], return_tensors="pt")
     with torch.inference_mode():
-        output = encoder.tower(**inputs, output_hidden_states=True)
+        output = _load_tower(str(tmp_path / family), "").eval()(**inputs, output_hidden_states=True)
     states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
     expected = states[:, 1:] if family == "clip" else states
     assert found.shape == (3, PATCHES, WIDTH)
