@@ -52,6 +52,8 @@ def save(folder: Path, model: VisionLanguageModel, manifest: Manifest, builder: 
             builder.tokenizer.save_pretrained(temporary)
         weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.projector.state_dict().items()}
         save_file(weights, temporary / "projector.safetensors")
+        for file in temporary.glob("*.safetensors"):
+            file.chmod(0o644)  # the writer makes them the owner's alone
         content = {
             "format": FORMAT,
             "vision": manifest.vision,

@@ -22,7 +22,7 @@ from pipeline.ahead import run_ahead
 from pipeline.errors import RESOURCE, PipelineError
 from pipeline.features import INDEX, ShardSet
 from pipeline.files import link_or_copy, remove_leftovers, write_json
-from pipeline.images import ImageError, ImageRoot, digest
+from pipeline.images import ImageError, Images, digest
 from pipeline.shards import Shard, row_bytes, shard_name, write_shard
 from pipeline.vision import Encoder, Preprocessor, fingerprint
 
@@ -31,7 +31,7 @@ from pipeline.vision import Encoder, Preprocessor, fingerprint
 class ImageFile:
     """Where an image's bytes are: a name within an image root."""
 
-    root: ImageRoot
+    root: Images
     name: str
 
     @property
@@ -227,7 +227,7 @@ def _batches(stored: np.ndarray, known: ShardSet, stream: _Stream) -> Iterator[n
         yield batch
 
 
-def distinct_images(sources: Iterable[tuple[ImageRoot, Iterable[str]]], *, threads: int = 1) -> tuple[list[ImageFile], np.ndarray]:
+def distinct_images(sources: Iterable[tuple[Images, Iterable[str]]], *, threads: int = 1) -> tuple[list[ImageFile], np.ndarray]:
     """Distinct images by content, in order of first appearance: files [n] and hashes uint8 [n, 32]."""
     files: list[ImageFile] = []
     hashes: list[bytes] = []

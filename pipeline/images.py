@@ -11,6 +11,7 @@ import threading
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -27,6 +28,19 @@ class ImageError(PipelineError):
 
     def __init__(self, what: str, *, where: str, remedy: str = "") -> None:
         super().__init__(what, where=where, remedy=remedy or "mend or remove the image or the row", code=BAD_ROWS)
+
+
+class Images(Protocol):
+    """Where a data set's pictures are: their bytes by name. Pickles, and may be read by several threads."""
+
+    @property
+    def path(self) -> object:
+        """What messages call it."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one image file; raises `ImageError` naming it."""
+        ...
 
 
 class ImageRoot:

@@ -65,15 +65,18 @@ def die_with_parent() -> None:
 
 
 def _report(failures: "dict[int, ProcessFailure]", folder: Path) -> int:
-    """Show what the process that failed by itself had to say; returns its exit code.
+    """Show what the process that failed by itself had to say, unless it stands there already; returns its exit code.
 
     When one is gone the others lose their connection to it, each with an error of its own. So an error in one line,
     which is never that, goes before a process that was killed and before a traceback.
     """
 
     def order(rank: int) -> tuple[bool, bool, int]:
-        failure = failures[rank]  # a kill is dated when it is noticed, up to a second after others have missed it
-        return failure.exitcode <= 1, failure.exitcode == -signal.SIGTERM, failure.timestamp - (failure.exitcode < 0)
+        failure = failures[rank]
+        if failure.exitcode > 1:
+            return False, False, rank  # of several with the same complaint the first process has been heard
+        noticed = failure.timestamp - (failure.exitcode < 0)  # a kill up to a second after others have missed it
+        return True, failure.exitcode == -signal.SIGTERM, noticed
 
     rank = min(failures, key=order)
     first = failures[rank]

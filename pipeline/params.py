@@ -31,8 +31,14 @@ class Section(BaseModel):
 
 
 class Dataset(Section):
+    """`records` and `images` must be given; the rest is for data that do not speak for themselves (docs/your-data.md)."""
+
     records: Annotated[str, Field(min_length=1)]
     images: Annotated[str, Field(min_length=1)]
+    format: Literal["auto", "jsonl", "json", "csv", "parquet", "arrow", "webdataset", "folder", "hub"] = "auto"
+    columns: dict[Literal["turns", "images", "text"], str] = Field(default_factory=dict)
+    prompt: str = "<image>"
+    unplaced: Literal["refuse", "first"] = "refuse"
 
 
 class Data(Section):
@@ -40,6 +46,8 @@ class Data(Section):
     sft: Dataset
     heldout: Dataset
     limit: Count
+    on_error: Literal["stop", "skip"]
+    max_bad_share: Share
 
 
 class Vision(Section):

@@ -13,7 +13,7 @@ import torch
 from pipeline.buffers import BufferPool
 from pipeline.errors import ARTEFACT, PipelineError
 from pipeline.features import FeatureStore
-from pipeline.images import ImageRoot, digest
+from pipeline.images import Images, digest
 from pipeline.tokens import TokenTable
 from pipeline.vision import Encoder
 
@@ -90,7 +90,7 @@ class LiveFeatures:
     memory: a row's bits do not depend on its batch, so this changes nothing but the time.
     """
 
-    def __init__(self, encoder: Encoder, root: ImageRoot, table: TokenTable, *, cache_bytes: int = 0) -> None:
+    def __init__(self, encoder: Encoder, root: Images, table: TokenTable, *, cache_bytes: int = 0) -> None:
         self._encoder, self._root = encoder, root
         self.tokens, self.width = encoder.tokens, encoder.width
         self._names, self._hashes = table.image_names(), table.image_hashes()

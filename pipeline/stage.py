@@ -1,10 +1,7 @@
 """What every stage does first and last: parameters narrowed to its own, one-line errors, figures, no orphans."""
 
-import ctypes
 import logging
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +21,6 @@ def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
     """
 
     def whole() -> None:
-        _die_with_parent()
         be_quiet()
         params = load_for_stage(name)
         _require_listed_models(name, params)
@@ -44,14 +40,6 @@ def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
         print(f"{name}: {shown}", flush=True)
 
     exit_on_error(whole)
-
-
-def _die_with_parent() -> None:
-    """End when DVC ends: killed with -9 it would leave this process writing the outputs of the next run."""
-    if not sys.platform.startswith("linux") or "DVC_ROOT" not in os.environ:
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def be_quiet() -> None:

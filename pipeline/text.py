@@ -66,7 +66,7 @@ class PromptBuilder:
         self._control_ids = np.array(sorted(self.control.values()), dtype=np.int64)
         self._content = _content_tokenizer(self.tokenizer, set(self.control))
         self.pieces = lru_cache(maxsize=4096)(self._pieces)
-        self._options = next((options for options in THINKING if self._generates_as_trained(options)), THINKING[0])
+        self.options = next((options for options in THINKING if self._generates_as_trained(options)), THINKING[0])
         self.end_id = self.pieces(("user", "assistant"))[-1][self._end_of_turn(self.pieces(("user", "assistant"))[-1]) - 1]
         self._check()
 
@@ -86,7 +86,7 @@ class PromptBuilder:
 
     def _generates_as_trained(self, options: dict[str, Any]) -> bool:
         """Whether the template's generation prompt is what stands before an answer in training."""
-        self._options = options
+        self.options = options
         asked = [{"role": "user", "content": "What is this?"}]
         prompt = self._render(asked, generate=True)
         return self._render([*asked, {"role": "assistant", "content": "A cat."}], generate=False).startswith(f"{prompt}A cat.")
@@ -94,7 +94,7 @@ class PromptBuilder:
     def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
-                messages, tokenize=False, add_generation_prompt=generate, **self._options
+                messages, tokenize=False, add_generation_prompt=generate, **self.options
             )
         except (TemplateError, ValueError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)

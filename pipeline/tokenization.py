@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import BAD_ROWS, PipelineError
-from pipeline.images import ImageRoot, digest
+from pipeline.images import Images, digest
 from pipeline.records import Record
 from pipeline.text import Prompt, PromptBuilder
 from pipeline.tokens import SCHEMA
@@ -40,9 +40,9 @@ class Summary:
 class Tokenizer:
     """Records -> Arrow batches for one tokenizer, image root and length policy; built once in each process."""
 
-    def __init__(self, builder: dict[str, Any], images: str, max_tokens: int, too_long: str) -> None:
+    def __init__(self, builder: dict[str, Any], images: Images, max_tokens: int, too_long: str) -> None:
         self._builder = PromptBuilder(**builder)
-        self._root, self._max, self._policy = ImageRoot(images), max_tokens, too_long
+        self._root, self._max, self._policy = images, max_tokens, too_long
         self._hashes: dict[str, bytes] = {}
 
     def __call__(self, records: list[Record]) -> tuple[pa.RecordBatch, Summary]:

@@ -16,12 +16,12 @@ from accelerate.utils import set_seed
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Manifest
+from pipeline.datasets import open_dataset
 from pipeline.errors import ARTEFACT, PipelineError
 from pipeline.evaluate import answer_accuracy, heldout_loss
 from pipeline.features import FeatureStore
 from pipeline.files import main_checkout, publish
 from pipeline.hardware import pick_attention, pick_device, pick_precision, use_fast_float32
-from pipeline.images import ImageRoot
 from pipeline.model import (
     VisionLanguageModel,
     build_projector,
@@ -194,7 +194,7 @@ def _model(params: StageParams, training: Training, encoder: Encoder, precision:
 
 def _sources(features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Dataset], ...], cache: int) -> list[FeatureSource]:
     if features == "live":
-        return [LiveFeatures(encoder, ImageRoot(dataset.images), table, cache_bytes=cache) for table, dataset in tables]
+        return [LiveFeatures(encoder, open_dataset(dataset).images, table, cache_bytes=cache) for table, dataset in tables]
     store = FeatureStore(FEATURES)
     store.check_encoder(encoder.spec())
     return [StoredFeatures(store, table, encoder.device) for table, _ in tables]

@@ -1,7 +1,20 @@
 """The four stages of dvc.yaml, run as `python -m stages.NAME`: parameters in, library called, outputs written."""
 
+import ctypes
 import os
+import signal
+import sys
 
 # Before torch loads OpenMP: threads that spin while they wait make a stage ten times slower as soon as anything else
 # runs on the machine; sleeping ones cost it a few percent when nothing does.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _die_with_parent() -> None:
+    """End when DVC ends: killed with -9 it would leave this process writing the outputs of the next run."""
+    if sys.platform.startswith("linux") and "DVC_ROOT" in os.environ:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+_die_with_parent()

@@ -5,28 +5,27 @@ data/features_meta.json (P and Dv: all that tokenize needs to know).
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from pipeline.datasets import good_rows, open_dataset
 from pipeline.extraction import distinct_images, extract
 from pipeline.files import main_checkout, write_json
+from pipeline.formats import Source
 from pipeline.hardware import pick_device, use_fast_float32
-from pipeline.images import ImageRoot
 from pipeline.params import StageParams
-from pipeline.records import read_records
 from pipeline.stage import run_stage
 from pipeline.vision import Encoder
 
 
 def main(params: StageParams) -> dict[str, Any]:
     vision, runtime = params.vision, params.runtime
-    sources = []
-    for dataset in (params.data.pretrain, params.data.heldout):
-        records = read_records(dataset.records, limit=params.data.limit)
-        sources.append((ImageRoot(dataset.images), (name for record in records for name in record.images)))
-    files, hashes = distinct_images(sources, threads=max(1, runtime.workers))
+    files, hashes = distinct_images(
+        [(source.images, _names(source, params.data)) for source in _sources(params)], threads=max(1, runtime.workers)
+    )
     use_fast_float32()
     device = pick_device(runtime.device)
     processes: dict[str, Any] = {}
@@ -63,6 +62,16 @@ def main(params: StageParams) -> dict[str, Any]:
         "images_per_second": rate,
         "waiting_share": round(done.waited / done.seconds, 3) if done.encoded else 0.0,
     }
+
+
+def _sources(params: StageParams) -> list[Source]:
+    return [open_dataset(dataset, limit=params.data.limit) for dataset in (params.data.pretrain, params.data.heldout)]
+
+
+def _names(source: Source, data: Any) -> Iterator[str]:
+    with good_rows(source, data) as records:
+        for record in records:
+            yield from record.images
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ class World:
         """The token table of other rows over the same pictures."""
         records = self.folder / f"{name}.jsonl"
         records.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        arguments = ({"model": str(self.llm), "image_token": "<image>", "tokens": PATCHES}, str(self.images.path), 256, "stop")
+        arguments = ({"model": str(self.llm), "image_token": "<image>", "tokens": PATCHES}, self.images, 256, "stop")
         batches = tokenize(read_records(records), arguments, Summary(), workers=1, progress=len_of)
         write_tokens(self.folder / f"{name}.arrow", batches, self.builder.spec())
         return TokenTable(self.folder / f"{name}.arrow")

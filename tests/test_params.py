@@ -28,7 +28,15 @@ def value_of(content: Any, key: str) -> Any:
     return content
 
 
-KEYS = list(keys_of())
+def is_given(key: str) -> bool:
+    try:
+        value_of(CONTENT, key)
+    except KeyError:
+        return False
+    return True
+
+
+KEYS = [key for key in keys_of() if is_given(key)]  # the rest are for data that do not speak for themselves
 SECTIONS = [key for key in KEYS if isinstance(value_of(CONTENT, key), dict)]
 LEAVES = [key for key in KEYS if key not in SECTIONS]
 

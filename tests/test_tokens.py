@@ -22,7 +22,7 @@ from pipeline.tokens import SCHEMA, TokenTable, write_tokens
 
 
 def settings_of(world: World, *, max_tokens: int = 256, too_long: str = "cut") -> tuple[Any, ...]:
-    return {"model": str(world.llm), "image_token": "<image>", "tokens": PATCHES}, str(world.images.path), max_tokens, too_long
+    return {"model": str(world.llm), "image_token": "<image>", "tokens": PATCHES}, world.images, max_tokens, too_long
 
 
 def records_of(rows: list[dict[str, object]]) -> list[Record]:
@@ -210,10 +210,3 @@ def test_several_workers_write_the_bytes_of_one(tmp_path: Path, world: World, mo
     assert (tmp_path / "1.arrow").read_bytes() == (tmp_path / "2.arrow").read_bytes()
     assert totals[1] == totals[2]
     assert totals[1].refused
-
-
-def test_a_missing_image_folder_is_an_error_in_workers_too(world: World) -> None:
-    broken = (settings_of(world)[0], str(world.folder / "nowhere"), 256, "cut")
-    for workers in (1, 2):
-        with pytest.raises(PipelineError, match="no such folder or zip"):
-            list(tokenize(iter(records_of([row("Is there?", "Yes.")])), broken, Summary(), workers=workers, progress=len_of))

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from pipeline.datasets import open_dataset
 from pipeline.errors import ARTEFACT, PipelineError, exit_on_error
 from pipeline.features import INDEX, FeatureStore
-from pipeline.images import ImageRoot, decode, digest
+from pipeline.images import decode, digest
 from pipeline.params import load
-from pipeline.records import read_records
+from pipeline.records import Record
 from pipeline.shards import Shard
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -90,12 +91,11 @@ def _verify(folder: Path) -> None:
 
 
 def _show(folder: Path, out: Path, count: int) -> None:
-    store, dataset = FeatureStore(folder), load().data.pretrain
-    root = ImageRoot(dataset.images)
+    store, source = FeatureStore(folder), open_dataset(load().data.pretrain)
     files: dict[bytes, tuple[str, bytes]] = {}
-    for record in read_records(dataset.records):
-        for name in record.images:
-            data = root.read(name)
+    for record in source.records():
+        for name in record.images if isinstance(record, Record) else ():
+            data = source.images.read(name)
             files.setdefault(digest(data), (name, data))
         if len(files) >= count:
             break

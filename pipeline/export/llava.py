@@ -1,0 +1,157 @@
+"""A checkpoint's parts -> config and weights of a Transformers LLaVA model, under the tensor names of llava-hf.
+
+linear and mlp become `LlavaForConditionalGeneration` (arXiv 2310.03744), norm_mlp `VipLlavaForConditionalGeneration`
+(arXiv 2312.00784), whose projector is the one with a LayerNorm in front. Shapes: Dv vision width, D hidden size.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
+)
+
+from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.export.source import Source
+from pipeline.hardware import DTYPES
+
+# Our projector's place in the nn.Sequential -> its name in the class it is exported to.
+LAYERS: dict[str, dict[str, str]] = {
+    "linear": {"0": "linear_1"},
+    "mlp": {"0": "linear_1", "2": "linear_2"},
+    "norm_mlp": {"0": "projector_layernorm", "1": "linear_1", "3": "linear_2"},
+}
+ACTIVATION = {"linear": "linear", "mlp": "gelu_pytorch_tanh", "norm_mlp": "gelu"}
+
+
+def check_exportable(source: Source) -> None:
+    """Raises `PipelineError` where no Transformers class computes what this pipeline does."""
+    if source.has_cls:
+        return
+    tower = source.encoder.tower.config
+    if source.kind == "norm_mlp":
+        raise PipelineError(
+            "VipLlava, the only class with a LayerNorm first, drops an encoder's first token, and this encoder has no CLS token",
+            where="projector.kind",
+            remedy="train with projector.kind: mlp, or a CLIP encoder",
+        )
+    if source.manifest.vision["layer"] == -1:
+        raise PipelineError(
+            f"the last hidden state of a {tower.model_type} has passed a LayerNorm that LLaVA leaves out",
+            where="vision.layer",
+            remedy=f"train with vision.layer: {tower.num_hidden_layers} (before that LayerNorm) or -2",
+        )
+
+
+def build_config(source: Source, dtype: str) -> PreTrainedConfig:
+    """The config of the exported model; raises `PipelineError` where an exact export does not exist."""
+    check_exportable(source)
+    kind, encoder = source.kind, source.encoder
+    text, vision = deepcopy(source.language_model.config), deepcopy(encoder.tower.config)
+    text.architectures = [type(source.language_model).__name__]  # vLLM finds the inner model by it
+    text._name_or_path = vision._name_or_path = ""  # where they lay on this machine is nobody's business
+    settings: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_index": source.builder.image_id,
+        "image_seq_length": encoder.tokens,
+        "projector_hidden_act": ACTIVATION[kind],
+        "vision_feature_layer": source.depth - vision.num_hidden_layers - 1,
+        "tie_word_embeddings": bool(text.tie_word_embeddings),
+    }
+    if kind == "norm_mlp":
+        norm: Any = source.model.projector[0]
+        config: PreTrainedConfig = VipLlavaConfig(**settings, projector_layernorm_eps=norm.eps)
+        config.architectures = [VipLlavaForConditionalGeneration.__name__]
+    else:
+        settings |= {"multimodal_projector_bias": True, "vision_feature_select_strategy": source.select_strategy}
+        config = LlavaConfig(**settings)
+        config.architectures = [LlavaForConditionalGeneration.__name__]
+    config.dtype = text.dtype = vision.dtype = DTYPES[dtype]
+    return config
+
+
+def build_generation_config(source: Source) -> GenerationConfig:
+    """Greedy, as the pipeline measures; ends at the end-of-turn token, then at whatever else ends the language model's text."""
+    builder, habits = source.builder, source.language_model.generation_config
+    own = habits.eos_token_id if habits is not None else None
+    others = own if isinstance(own, list) else [] if own is None else [own]
+    padding = builder.tokenizer.pad_token_id
+    return GenerationConfig(
+        eos_token_id=[builder.end_id, *(int(token) for token in others if token != builder.end_id)],
+        pad_token_id=builder.end_id if padding is None else padding,
+        bos_token_id=builder.tokenizer.bos_token_id,
+        suppress_tokens=builder.suppressed,
+        do_sample=False,
+    )
+
+
+def projector_tensors(projector: nn.Sequential, kind: str) -> dict[str, torch.Tensor]:
+    """Our projector under LLaVA's names; `linear` gets an identity second layer, so that W2(W1 x + b1) + b2 = W1 x + b1."""
+    state = projector.state_dict()
+    tensors = {}
+    for name, tensor in state.items():
+        place, _, part = name.partition(".")
+        tensors[f"{LAYERS[kind][place]}.{part}"] = tensor
+    if kind == "linear":
+        width = tensors["linear_1.bias"].shape[0]
+        tensors["linear_2.weight"], tensors["linear_2.bias"] = torch.eye(width), torch.zeros(width)
+    return tensors
+
+
+def language_tensors(language_model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The language model's tensors as Transformers writes them to disk, under llava-hf's names.
+
+    Through a file, because a model in memory can be laid out otherwise (a mixture's experts are stacked there).
+    """
+    inner = f"{language_model.base_model_prefix}."
+    with tempfile.TemporaryDirectory() as folder:
+        language_model.save_pretrained(folder)
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (no dict)
+                    yield f"language_model.{_canonical(name, inner, language_model)}", file.get_tensor(name)
+
+
+def _canonical(name: str, inner: str, language_model: PreTrainedModel) -> str:
+    if name.startswith(inner):
+        return f"model.{name.removeprefix(inner)}"
+    head: Any = language_model.get_output_embeddings()
+    heads = [key for key, module in language_model.named_modules() if module is head]
+    if name in {f"{key}.weight" for key in heads}:
+        return "lm_head.weight"
+    raise PipelineError(f"LLaVA has no place for {name} of {type(language_model).__name__}", where="llm.model", code=ARTEFACT)
+
+
+def write_model(source: Source, folder: Path, dtype: str) -> int:
+    """config.json, generation_config.json and model.safetensors (or shards with an index); returns the parameter count."""
+    config = build_config(source, dtype)
+    projector = projector_tensors(source.model.projector, source.kind)
+    tensors = {f"multi_modal_projector.{name}": tensor for name, tensor in projector.items()}
+    for name, tensor in source.encoder.tower.state_dict().items():
+        # Readers older than Transformers 5, and vLLM, know the tower only with this prefix; 5 reads both.
+        tensors[f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"] = tensor
+    tensors |= dict(language_tensors(source.language_model))
+    cast = {
+        name: tensor.detach().to(DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
+    config.save_pretrained(folder)
+    build_generation_config(source).save_pretrained(folder)
+    save_torch_state_dict(cast, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    for path in folder.glob("*.safetensors"):
+        path.chmod((folder / "config.json").stat().st_mode)  # the writer leaves them to their owner alone
+    return sum(tensor.numel() for tensor in cast.values())

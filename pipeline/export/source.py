@@ -1,0 +1,90 @@
+"""What is exported: a checkpoint folder put together with its encoder, in float32 on the CPU."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline import checkpoint
+from pipeline.answering import Assistant
+from pipeline.checkpoint import Manifest
+from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.hardware import DTYPES
+from pipeline.model import VisionLanguageModel
+from pipeline.text import PromptBuilder
+from pipeline.vision import Encoder
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model to export.
+
+    Attributes:
+        manifest: what the checkpoint says of itself.
+        assistant: the model as `pipeline.chat` runs it, in float32 so that it can be compared with an export.
+    """
+
+    folder: Path
+    manifest: Manifest
+    assistant: Assistant
+
+    @classmethod
+    def open(cls, folder: str | Path, *, dtype: str = "float32") -> "Source":
+        """A checkpoint with its weights rounded to `dtype`, so that an export in it is exact.
+
+        Raises `PipelineError` when the folder holds no model, or its encoder is not the one it was trained with.
+        """
+        manifest = checkpoint.read_manifest(folder)
+        assistant = Assistant(folder, device="cpu")
+        assistant.precision = assistant.encoder.precision = "float32"
+        for module in (assistant.model, assistant.encoder.tower):
+            _round(module, DTYPES[dtype])
+        return cls(Path(folder), manifest, assistant)
+
+    @property
+    def model(self) -> VisionLanguageModel:
+        return self.assistant.model
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        return self.assistant.model.language_model
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.assistant.encoder
+
+    @property
+    def builder(self) -> PromptBuilder:
+        return self.assistant.builder
+
+    @property
+    def kind(self) -> str:
+        """linear, mlp or norm_mlp."""
+        return str(self.manifest.projector["kind"])
+
+    @property
+    def depth(self) -> int:
+        """How many of the encoder's layers features have passed; the tower may or may not hold those behind them."""
+        layer = int(self.manifest.vision["layer"])
+        layers = int(self.manifest.vision["spec"]["config"]["num_hidden_layers"])
+        return layer if layer >= 0 else layers + 1 + layer
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the encoder puts a CLS token before its patches, as CLIP does and SigLIP does not."""
+        return hasattr(self.encoder.tower.embeddings, "class_embedding")
+
+    @property
+    def select_strategy(self) -> str:
+        """LLaVA's words for "without the CLS token" and "all tokens"."""
+        return "default" if self.has_cls else "full"
+
+
+def _round(module: nn.Module, dtype: torch.dtype) -> None:
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(parameter.to(dtype))
+            if not torch.isfinite(parameter).all():
+                raise PipelineError(f"{name} is not finite in {dtype}", remedy="--dtype float32", code=ARTEFACT)
