@@ -15,6 +15,7 @@ from pipeline.errors import ARTEFACT, PipelineError
 from pipeline.sharing import Sharing, alone, lay_out
 from pipeline.tokens import Row, TokenTable
 
+MULTIPLE = 8  # of tokens a batch is wide: few shapes, since oneDNN and compilers keep a program for each
 MEGABATCH = 50  # steps' worth of rows that are sorted by length together
 
 
@@ -109,7 +110,7 @@ def collate(
             code=ARTEFACT,
         )
     lengths = np.array([sharing.unit_length(unit) for unit in units])
-    ids = np.zeros((len(units), int(lengths.max())), np.int64)
+    ids = np.zeros((len(units), -(-int(lengths.max()) // MULTIPLE) * MULTIPLE), np.int64)
     target = np.zeros(ids.shape, bool)
     branch, position = np.full(ids.shape, -1, np.int16), np.zeros(ids.shape, np.int64)
     firsts: list[Row] = []

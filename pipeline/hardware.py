@@ -2,9 +2,11 @@
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
+from pipeline.attention import FAMILIES, NAME
 from pipeline.errors import PipelineError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,13 +39,17 @@ def pick_precision(requested: str, device: torch.device) -> str:
     return "float32"
 
 
-def pick_attention(device: torch.device, longest: int) -> str:
-    """Transformers' attention implementation: on a CPU the fused one's backward is slower until rows get long.
+def pick_attention(device: torch.device, longest: int, family: str) -> str:
+    """Which attention of Transformers to use; all compute the same function.
 
-    Measured on two Zen 5 cores in bfloat16: 0.11 against 0.25 s a step at 82 tokens and hidden size 128, 1.31 against
-    1.94 s at 250 tokens and 512, level near 512 tokens, the other way at 640. Both compute the same function.
+    On a CPU ours (see `pipeline.attention`) for the families it fits, up to the length where its [T, T] scores cost more
+    memory than they save time; for others eager, whose backward is faster than sdpa's below 512 tokens.
     """
-    return "eager" if device.type == "cpu" and longest <= 512 else "sdpa"
+    if device.type != "cpu":
+        return "sdpa"
+    if family in FAMILIES and longest <= 1024:
+        return NAME
+    return "eager" if longest <= 512 else "sdpa"
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -56,6 +62,10 @@ def peak_memory_gb(device: torch.device) -> float:
     """Largest memory this process has held: on the GPU where one is used, else resident memory. In GB (1e9 bytes)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would be the parent's, where that was larger
+        held = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(held.split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

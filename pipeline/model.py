@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pipeline.attention import NAME
 from pipeline.batches import Batch
 from pipeline.errors import ARTEFACT, PipelineError, brief
 from pipeline.sharing import branch_mask
@@ -94,9 +95,9 @@ class VisionLanguageModel(nn.Module):
         return loss, loss.new_zeros(()) if router is None else router * self.language_model.config.router_aux_loss_coef
 
     def _mask(self, branch: torch.Tensor) -> torch.Tensor:
-        """Who sees whom, as the attention in use takes it: sdpa asks for booleans, eager adds numbers."""
+        """Who sees whom, as the attention in use takes it: sdpa asks for booleans, eager and ours add numbers."""
         seen = branch_mask(branch)
-        if self.language_model.config._attn_implementation != "eager":
+        if self.language_model.config._attn_implementation not in ("eager", NAME):
             return seen
         weight: Any = self.language_model.get_input_embeddings().weight
         dtype: torch.dtype = weight.dtype

@@ -57,8 +57,11 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     builder = _builder(params, encoder, table, heldout)
     model = _model(params, training, encoder, precision, start)
     sharing = _sharing(training, model, table, name, accelerator)
+    family = model.language_model.config.model_type
     longest = int(max(table.lengths.max(), heldout.lengths.max()))
-    model.language_model.set_attn_implementation(pick_attention(device, longest if sharing is None else LONGEST))
+    model.language_model.set_attn_implementation(
+        pick_attention(device, longest if sharing is None else max(longest, LONGEST), family)
+    )
     counts = freeze(model, training.train)
     accelerator.print(
         f"{name}: {counts['projector']:,} projector and {counts['language_model']:,} language-model parameters train, "
@@ -67,6 +70,8 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     )
     cache = params.runtime.live_cache_mb * 1_000_000
     source, heldout_source = _sources(training.features, encoder, ((table, dataset), (heldout, params.data.heldout)), cache)
+    if training.features == "stored":
+        encoder.drop_tower()
     schedule = Schedule(**{key: getattr(training, key) for key in Schedule.__dataclass_fields__})
     model.to(accelerator.device)
     before = frozen_digest(model)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
+from pipeline.attention import NAME
 from pipeline.errors import ARTEFACT, NUMERIC, PipelineError, brief
 from pipeline.hardware import autocast, pick_precision
 from pipeline.images import DECODER, decode
@@ -26,7 +27,7 @@ TOWERS: dict[str, type[PreTrainedModel]] = {
     "siglip": SiglipVisionModel,
     "siglip_vision_model": SiglipVisionModel,
 }
-FEATURES = 1  # part of every fingerprint: raise it when this file computes other numbers
+FEATURES = 2  # part of every fingerprint: raise it when this file computes other numbers
 
 
 class Preprocessor:
@@ -87,7 +88,8 @@ class Encoder(nn.Module):
         self.name, self.revision, self.layer, self.batch, self.device = model, revision, layer, batch, device
         self.precision = pick_precision(precision, device)
         self.preprocess = Preprocessor(model, revision)
-        self.tower = _load_tower(model, revision).requires_grad_(False).eval().to(device)
+        attention = NAME if device.type == "cpu" else "sdpa"
+        self.tower = _load_tower(model, revision, attention).requires_grad_(False).eval().to(device)
         config = self.tower.config
         self.tokens, self.width = (config.image_size // config.patch_size) ** 2, config.hidden_size
         if not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
@@ -110,6 +112,10 @@ class Encoder(nn.Module):
         features = torch.cat([self._forward(tower, part, "float32") for part in pictures.split(4)])
         self.tower.to(self.device)
         return Int8Rows(self.tokens, *measure_constants(features))
+
+    def drop_tower(self) -> None:
+        """Give the weights' memory back where only `spec`, `tokens` and `width` are still asked for."""
+        del self.tower
 
     def encode(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         """uint8 [I, 3, S, S] -> float16 [I, P, Dv] on the CPU; `names` say whose row a non-finite value is in."""
@@ -171,7 +177,7 @@ class Encoder(nn.Module):
         }
 
 
-def _load_tower(model: str, revision: str) -> PreTrainedModel:
+def _load_tower(model: str, revision: str, attention: str = "sdpa") -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
         family = TOWERS.get(config.model_type)
@@ -182,7 +188,7 @@ def _load_tower(model: str, revision: str) -> PreTrainedModel:
             model,
             revision=revision or "main",
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:

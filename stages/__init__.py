@@ -8,6 +8,8 @@ import sys
 # Before torch loads OpenMP: threads that spin while they wait make a stage ten times slower as soon as anything else
 # runs on the machine; sleeping ones cost it a few percent when nothing does.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# oneDNN keeps a compiled program for each of the last 1,024 shapes, which is a gigabyte with batches of many lengths
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 def _die_with_parent() -> None:

@@ -10,7 +10,7 @@ from conftest import PATCHES, World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.batches import MEGABATCH, collate, plan_epoch, split_by_tokens
+from pipeline.batches import MEGABATCH, MULTIPLE, collate, plan_epoch, split_by_tokens
 from pipeline.errors import PipelineError
 from pipeline.sharing import alone
 from pipeline.tokens import TokenTable, write_tokens
@@ -71,7 +71,9 @@ def test_rows_become_padded_ids_with_labels_one_step_ahead(world: World) -> None
     table = world.table
     rows = np.array([8, 0, 4, 3])
     batch = collate(table, rows, image_id=world.builder.image_id, tokens=PATCHES)
-    assert batch.ids.shape == batch.keep.shape == (4, int(table.lengths[rows].max()))
+    longest = int(table.lengths[rows].max())
+    assert batch.ids.shape == batch.keep.shape == (4, -(-longest // MULTIPLE) * MULTIPLE)
+    assert batch.tokens == table.lengths[rows].sum()
     labels, slots, places = [], [], []
     for position, number in enumerate(rows.tolist()):
         found = table.row(number)

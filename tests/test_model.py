@@ -196,7 +196,8 @@ def test_a_mixtures_router_loss_counts_only_where_the_router_trains(
     assert (router.item() > 0) == counted
     if counted:
         embeddings = model.embed(batch.ids, features, batch.slot_row, batch.slot_start)
-        whole = model.language_model(inputs_embeds=embeddings, output_router_logits=True, use_cache=False)
+        real = batch.real.long()  # padding is no token that the router chose for
+        whole = model.language_model(inputs_embeds=embeddings, attention_mask=real, output_router_logits=True, use_cache=False)
         assert router.item() == pytest.approx(0.5 * whole.aux_loss.item(), rel=1e-5)
         gate = next(p for name, p in model.named_parameters() if "layers.0.mlp.gate" in name)
         assert torch.autograd.grad(router, gate)[0].any()

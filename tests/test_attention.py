@@ -1,0 +1,87 @@
+"""Our attention for CPUs computes what Transformers' eager one does: values, gradients, padding, caches, shared key heads."""
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from pipeline.attention import NAME
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+}
+
+
+@pytest.fixture(params=["llama, one key head a query head", "llama, shared key heads", "qwen3, one key head for all"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if request.param.startswith("qwen3"):
+        return Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=1))
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=4 if "one key" in request.param else 2))
+
+
+def outputs(model: PreTrainedModel, attention: str, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.set_attn_implementation(attention)
+    model.zero_grad()
+    logits = model(**inputs, use_cache=False).logits
+    logits[:, -3:].square().sum().backward()
+    return logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_values_and_gradients_are_those_of_eager_attention(model: PreTrainedModel, padded: bool) -> None:
+    ids = torch.randint(60, (3, 11))
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[1, :4] = 0  # left, as generation pads
+    inputs = {"input_ids": ids, **({"attention_mask": mask} if padded else {})}
+    expected, gradients = outputs(model, "eager", **inputs)
+    found, own = outputs(model, NAME, **inputs)
+    real = mask.bool() if padded else torch.ones_like(mask).bool()
+    assert torch.allclose(found[real], expected[real], atol=1e-5)
+    assert len(own) == len(gradients)
+    for one, other in zip(own, gradients, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_with_a_cache_gives_the_same_words(model: PreTrainedModel) -> None:
+    ids = torch.randint(60, (2, 7))
+    texts = []
+    for attention in ("eager", NAME):
+        model.set_attn_implementation(attention)
+        texts.append(model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist())
+    assert texts[0] == texts[1]
+
+
+def test_in_bfloat16_it_is_as_close_to_float32_as_eager_is(model: PreTrainedModel) -> None:
+    ids = torch.randint(60, (4, 20))
+    exact, _ = outputs(model, "eager", input_ids=ids)
+    errors = []
+    for attention in ("eager", NAME):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = outputs(model, attention, input_ids=ids)
+        errors.append(float((found.float() - exact).norm() / exact.norm()))
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_a_vision_tower_attends_to_everything() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)).eval()
+    pixels, found = torch.randn(2, 3, 32, 32), []
+    for attention in ("eager", NAME):
+        tower.set_attn_implementation(attention)
+        with torch.inference_mode():
+            found.append(tower(pixels).last_hidden_state)
+    assert torch.allclose(found[1], found[0], atol=1e-5)
