@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 NAME = "grouped"
+LOWEST = -1e30  # float32's least number would be minus infinity in bfloat16, and a row that sees nothing not a number
 FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"}  # whose attention is no more than this
 
 
@@ -38,7 +39,8 @@ def grouped_attention(
     if attention_mask is None:
         scores = torch.bmm(scaled, keys.transpose(1, 2))
     else:
-        mask = attention_mask[:, 0].to(scaled.dtype).repeat(1, heads // shared, 1)  # [B or 1, rows, Tk]
+        lowest = max(LOWEST, torch.finfo(scaled.dtype).min)
+        mask = attention_mask[:, 0].clamp(min=lowest).to(scaled.dtype).repeat(1, heads // shared, 1)  # [B or 1, rows, Tk]
         mask = mask.expand(batch * shared, -1, -1) if len(mask) == 1 else mask.repeat_interleave(shared, 0)
         scores = torch.baddbmm(mask, scaled, keys.transpose(1, 2))
     weights = torch.softmax(scores, -1)

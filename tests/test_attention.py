@@ -75,6 +75,19 @@ def test_in_bfloat16_it_is_as_close_to_float32_as_eager_is(model: PreTrainedMode
     assert errors[1] < 1.5 * errors[0]
 
 
+def test_padding_that_sees_nothing_stays_finite_in_bfloat16(model: PreTrainedModel) -> None:
+    """Its keys and values go on to the next layer, where nought times not-a-number would spoil every row."""
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :5] = 0
+    ids, found = torch.randint(60, (2, 9)), []
+    for attention in ("eager", NAME):
+        model.set_attn_implementation(attention)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            found.append(model(ids, attention_mask=mask).logits)
+    assert torch.isfinite(found[1]).all()
+    assert torch.allclose(found[1][mask.bool()], found[0][mask.bool()], atol=0.05)
+
+
 def test_a_vision_tower_attends_to_everything() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
