@@ -8,7 +8,8 @@ images in order of first appearance, a fixed number to a shard, whatever was sto
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from pipeline.ahead import run_ahead
 from pipeline.errors import RESOURCE, PipelineError
 from pipeline.features import INDEX, ShardSet
-from pipeline.files import link_or_copy, remove_leftovers, write_json
+from pipeline.files import link_or_copy, make_folder, remove_leftovers, write_json
 from pipeline.images import ImageError, Images, digest
 from pipeline.shards import Shard, row_bytes, shard_name, write_shard
 from pipeline.vision import Encoder, Preprocessor, fingerprint
@@ -102,7 +103,7 @@ def extract(
     process makes the output.
     """
     spec, folders = encoder.spec(), [store / fingerprint(encoder.spec()) for store in stores]
-    folders[0].mkdir(parents=True, exist_ok=True)
+    make_folder(folders[0])
     remove_leftovers(folders[0])
     parts = [slice(start, start + shard_rows) for start in range(0, len(files), shard_rows)]
     names = [shard_name(fingerprint(spec), hashes[part]) for part in parts]
@@ -112,13 +113,14 @@ def extract(
     rows = [known.find(hashes[parts[number]]) for number in todo]
     fresh = {number: parts[number].start + np.flatnonzero(stored < 0) for number, stored in zip(todo, rows, strict=True)}
     encoded = sum(map(len, fresh.values()))
+    wait()  # nobody writes before all have seen the same store, or a shard may be nobody's
     if not rank:
         _announce(len(files), encoded, sum(map(len, rows)), encoder, folders[0])
     mine = todo[rank::ranks]
     wanted = np.concatenate([np.empty(0, np.int64), *(fresh[number] for number in mine)])
-    stream = _Stream([files[i] for i in wanted.tolist()], hashes[wanted], encoder, workers, quiet=bool(rank))
-    for number, stored in list(zip(todo, rows, strict=True))[rank::ranks]:
-        write_shard(folders[0] / names[number], hashes[parts[number]], spec, encoder.rows, _batches(stored, known, stream))
+    with closing(_Stream([files[i] for i in wanted.tolist()], hashes[wanted], encoder, workers, quiet=bool(rank))) as stream:
+        for number, stored in list(zip(todo, rows, strict=True))[rank::ranks]:
+            write_shard(folders[0] / names[number], hashes[parts[number]], spec, encoder.rows, _batches(stored, known, stream))
     stream.report()
     wait()
     if not rank:
@@ -131,7 +133,7 @@ def extract(
 def _make_output(out: Path, shards: list[Path], spec: dict[str, Any], hashes: np.ndarray, shard_rows: int) -> None:
     """Link the shards that this data needs into the stage's output, with their list."""
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    make_folder(out)
     linked = [link_or_copy(path, out / path.name) for path in shards]
     if not all(linked):
         print(f"extract: {shards[0].parent} and {out} cannot share files, so features take their space twice")
@@ -190,7 +192,6 @@ class _Stream:
                 began = time.perf_counter()
                 names = [file.where for file in self._files[self._done : self._done + len(batch)]]
                 rows = self._encoder.encode_rows(batch, names).numpy()
-                yield from rows
                 ended = time.perf_counter()
                 if self._done:  # starting the workers is no waiting for decoding
                     self.waited += began - asked
@@ -202,7 +203,13 @@ class _Stream:
                     bar.write(f"extract: about {(len(self._files) - self._done) / rate:,.0f} s to go at {rate:,.0f} images/s")
                 elif self._done == size:
                     first = self.seconds
-                asked = ended
+                yield from rows  # last: nobody asks beyond the last row
+                asked = time.perf_counter()
+
+    def close(self) -> None:
+        """End the progress bar, so that an error stands on a line of its own."""
+        if isinstance(self._rows, Generator):
+            self._rows.close()
 
     def report(self) -> None:
         """Say when the encoder was kept waiting."""

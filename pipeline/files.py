@@ -28,10 +28,23 @@ def publish(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def to_json(content: Any) -> str:
+    """The one way this project writes JSON: sorted keys; not-a-number is refused, since no reader accepts it."""
+    return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def make_folder(path: Path) -> None:
+    """A folder and its parents, where they are not there yet."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PipelineError(f"cannot be made: {error.strerror or error}", where=str(path), code=RESOURCE) from None
+
+
 def write_json(path: Path, content: Any) -> None:
-    """JSON with sorted keys, written whole or not at all; not-a-number is refused, since no reader accepts it."""
+    """JSON, written whole or not at all."""
     with publish(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(content), encoding="utf-8")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ The seal is checked before HDF5 sees the file, because a damaged header can end 
 import json
 import mmap
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -84,7 +85,11 @@ def write_shard(path: Path, hashes: np.ndarray, spec: dict[str, Any], rows: Rows
     """
     size = row_bytes(rows)
     with publish(path) as temporary:
-        offsets = _header(temporary, hashes, spec, rows)
+        try:
+            offsets = _header(temporary, hashes, spec, rows)
+        except (OSError, RuntimeError) as error:  # which of them, depends on where in HDF5 the disk is full
+            reason = re.search("error message = '([^']+)'", str(error))
+            raise OSError(reason[1] if reason else brief(error)) from None
         sums, done = np.empty(len(hashes), dtype="<u8"), 0
         handle = os.open(temporary, os.O_WRONLY)
         try:

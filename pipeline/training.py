@@ -202,13 +202,18 @@ class Keeper:
     def __init__(self, resume: Resume, *, minutes: float) -> None:
         self._resume, self._seconds = resume, 60 * minutes
         self._saved, self._stop = time.monotonic(), False
+        self._asked: float | None = None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._ask_to_stop)
 
     def _ask_to_stop(self, number: int, _frame: object) -> None:
-        self._stop = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        """The first signal asks; a second one ends at once, but not one of the several that a dying parent's threads send."""
+        if self._asked is None:
+            self._stop, self._asked = True, time.monotonic()
+        elif time.monotonic() - self._asked > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def start(self, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, scaler: Any) -> list[dict[str, float]]:
         """The history of the state that was brought back, empty for a fresh run."""

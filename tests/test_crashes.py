@@ -31,12 +31,12 @@ def steps(tmp_path_factory: pytest.TempPathFactory, encoders: dict[str, Encoder]
     for number, name in enumerate(names):
         (folder / name).write_bytes(png(number))
     files, hashes = distinct_images([(ImageRoot(folder), names)])
-    encoders["clip"].encode_files([png(0)], ["0"])  # what happens once in a process happens before the forks
 
     def step(count: int, folder: Path) -> None:
         store, out = folder / "store", folder / "out"
         extract(files[:count], hashes[:count], encoders["clip"], stores=[store], out=out, shard_rows=4, workers=0)
 
+    step(1, folder / "before")  # what libraries load when they are first used, they load before the forks
     return [partial(step, 5), partial(step, 10)]
 
 
@@ -160,6 +160,14 @@ def test_a_flipped_bit_anywhere_is_found_by_verify_and_stops_training(store: Pat
             missed += [(part, bit, way) for way in (False, True) if not noticed(part, way)]
     assert missed == []
     assert contents(store) == before
+
+
+@pytest.mark.parametrize("key", ["shards", "file", "rows", "spec"])
+def test_a_flipped_bit_in_a_key_of_the_index_is_one_line(store: Path, key: str) -> None:
+    index = next(part for part in parts(store) if part.name == "index")
+    with flipped(index, 8 * index.file.read_bytes().index(f'"{key}"'.encode()) + 8):
+        assert noticed(index, by_training=False)
+        assert noticed(index, by_training=True)
 
 
 def test_a_flipped_bit_in_any_row_stops_training_on_it(world: World, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.errors import ARTEFACT, PipelineError, brief
+from pipeline.files import to_json
 from pipeline.rows import Float16Rows, Rows
 from pipeline.shards import Shard
 
@@ -97,7 +98,10 @@ class FeatureStore(ShardSet):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            text = (self.folder / INDEX).read_text(encoding="utf-8")
+            index = json.loads(text)
+            if to_json(index) != text:
+                raise ValueError(f"{INDEX} has changed since it was written")
             listed = [(str(shard["file"]), int(shard["rows"])) for shard in index["shards"]]
             self.spec: dict[str, Any] = index["spec"]
             self.tokens, self.width = int(self.spec["tokens"]), int(self.spec["width"])

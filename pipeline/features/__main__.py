@@ -65,14 +65,15 @@ def _info(folder: Path) -> None:
 
 def _verify(folder: Path) -> None:
     try:
-        listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]
+        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]
+        listed = [(str(entry["file"]), int(entry["rows"])) for entry in shards]
     except (OSError, ValueError, KeyError, TypeError):
         raise PipelineError("no feature store", where=str(folder), remedy="dvc repro extract", code=ARTEFACT) from None
     bad, rows = [], 0
-    with tqdm(total=sum(entry["rows"] for entry in listed), unit="row", desc="verify", mininterval=0.5) as bar:
-        for entry in listed:
+    with tqdm(total=sum(count for _, count in listed), unit="row", desc="verify", mininterval=0.5) as bar:
+        for name, _ in listed:
             try:
-                shard = Shard(folder / entry["file"])
+                shard = Shard(folder / name)
             except PipelineError as error:
                 bad.append(error.line())
                 continue
