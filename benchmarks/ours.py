@@ -30,6 +30,7 @@ from pipeline.tokens import SCHEMA, TokenTable, write_tokens
 from pipeline.vision import fingerprint
 
 SHARD_ROWS = 512
+THREADS = 2  # runtime.workers
 AHEAD = 2  # batches announced before they are read; what run_ahead keeps in work
 INT8 = Int8Rows(SHAPE[0], np.zeros(SHAPE[1], np.float32), np.ones(SHAPE[1], np.float32))
 
@@ -99,8 +100,14 @@ def training_loop(folder: Path) -> Iterator[Epoch]:
     """What `pipeline.training` waits for: the feature source, run ahead of its consumer."""
     source = StoredFeatures(FeatureStore(folder), TokenTable(folder / "tokens.arrow"))
 
+    def prepare(rows: np.ndarray) -> np.ndarray:
+        source.announce(rows)
+        return rows
+
     def epoch(batches: Sequence[np.ndarray], _out: np.ndarray) -> Iterator[np.ndarray]:
-        for _, loaded in run_ahead(batches, source.load):
+        announced = run_ahead(batches, prepare, depth=THREADS + 1)
+        prepared = run_ahead((rows for rows, _ in announced), source.load, depth=THREADS + 1, threads=THREADS)
+        for _, loaded in prepared:
             yield source.features(loaded).numpy()
 
     yield epoch

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.attention import NAME
 from pipeline.batches import Batch
+from pipeline.dividing import whole
 from pipeline.errors import ARTEFACT, PipelineError, brief
 from pipeline.sharing import branch_mask
 from pipeline.vocabulary import chunked_cross_entropy, too_large
@@ -113,7 +114,7 @@ def weights_digest(parameters: Iterable[torch.Tensor]) -> str:
     """Checksum of tensors' bytes, in order."""
     found = xxhash.xxh3_128()
     for parameter in parameters:
-        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        found.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -98,6 +98,7 @@ class Evaluate(Section):
 class Runtime(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
     processes: Positive
+    divided: bool
     workers: Count
     tokenize_workers: Positive
     extract_batch: Positive

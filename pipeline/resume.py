@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pipeline.dividing import part_like, whole
 from pipeline.files import publish_folder
 from pipeline.vision import fingerprint
 
@@ -33,13 +34,31 @@ class Resume:
         self._parent, self._stage, self._depends = folder, stage, depends
         self.folder = folder / f"{stage}-{fingerprint(depends)}"
 
-    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, float]], scaler: Any) -> None:
-        """Write the state after `len(history)` steps whole or not at all; earlier ones of this run are then removed."""
+    def save(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        history: list[dict[str, float]],
+        scaler: Any,
+        *,
+        write: bool = True,
+    ) -> None:
+        """Write the state after `len(history)` steps whole or not at all; earlier ones of this run are then removed.
+
+        Of several processes all take part, since each may hold a part of every tensor, and one writes.
+        """
+        held = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        for number, state in optimizer.state_dict()["state"].items():
+            held |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, value in held.items():  # one at a time: what is not written is dropped at once
+            found = whole(value)
+            if write:
+                tensors[name] = found.cpu().contiguous().clone()
+        if not write:
+            return
         target = self.folder / f"{len(history):08d}"
         with publish_folder(target) as temporary:
-            tensors = {f"model.{name}": p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-            for number, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{number}.{name}": value.cpu().contiguous().clone() for name, value in state.items()}
             save_file(tensors, temporary / "state.safetensors")
             notes = {"history": history, "scaler": scaler.state_dict() if scaler is not None else None}
             (temporary / "state.json").write_text(json.dumps(notes), encoding="utf-8")
@@ -63,12 +82,13 @@ class Resume:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if parameter.requires_grad:
-                        parameter.copy_(tensors[f"model.{name}"])
+                        parameter.copy_(part_like(tensors[f"model.{name}"], parameter))
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             states: dict[int, dict[str, torch.Tensor]] = {}
             for name, tensor in tensors.items():
                 if name.startswith("optimizer."):
                     _, number, part = name.split(".")
-                    states.setdefault(int(number), {})[part] = tensor
+                    states.setdefault(int(number), {})[part] = part_like(tensor, parameters[int(number)])
             optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
             if scaler is not None and notes["scaler"]:
                 scaler.load_state_dict(notes["scaler"])

@@ -65,6 +65,7 @@ class StoredFeatures:
     def load(self, slots: np.ndarray) -> torch.Tensor:
         rows = self._rows[slots]
         stored = self._pool.take(len(rows))
+        self._store.announce(rows)  # again: not every caller does so ahead, and unannounced rows come page by page
         self._store.read_into(rows, stored.numpy())
         return stored
 

@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 from pipeline import checkpoint
 from pipeline.checkpoint import Manifest
 from pipeline.datasets import open_dataset
+from pipeline.dividing import gather
 from pipeline.errors import ARTEFACT, PipelineError
 from pipeline.evaluate import answer_accuracy, heldout_loss
 from pipeline.features import FeatureStore
@@ -59,9 +60,8 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     sharing = _sharing(training, model, table, name, accelerator)
     family = model.language_model.config.model_type
     longest = int(max(table.lengths.max(), heldout.lengths.max()))
-    model.language_model.set_attn_implementation(
-        pick_attention(device, longest if sharing is None else max(longest, LONGEST), family)
-    )
+    attention = pick_attention(device, longest if sharing is None else max(longest, LONGEST), family)
+    model.language_model.set_attn_implementation(attention)
     counts = freeze(model, training.train)
     accelerator.print(
         f"{name}: {counts['projector']:,} projector and {counts['language_model']:,} language-model parameters train, "
@@ -78,6 +78,7 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     resume = _resume(params, training, schedule, model, encoder, table, precision, name)
     keeper = Keeper(resume, minutes=params.runtime.save_minutes)
     first, runtime = accelerator.is_main_process, params.runtime
+    divided = runtime.divided and accelerator.num_processes > 1
     folder = main_checkout() / ".dvc" / "tmp" / "watch" / name
     with watching(folder, profile=runtime.profile if first else 0, live=runtime.live and first) as watch:
         history = train(
@@ -92,9 +93,13 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
             keeper=keeper,
             watch=watch,
             threads=max(1, runtime.workers),
+            divided=divided,
         )
     if frozen_digest(model) != before or any(p.grad is not None for p in model.parameters() if not p.requires_grad):
         raise AssertionError("a frozen parameter has changed or has a gradient")
+    if divided:
+        model = gather(model, _model(params, training, encoder, precision, start)).to(accelerator.device)
+        model.language_model.set_attn_implementation(attention)
     if accelerator.is_main_process:
         _save(params, model, encoder, builder, training.train, start, Path("models") / name)
         _write_history(Path("results") / name / "history.csv", history)

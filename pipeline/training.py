@@ -21,6 +21,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 from pipeline.ahead import run_ahead
 from pipeline.batches import Batch, collate, plan_epoch, split_by_tokens
+from pipeline.dividing import divide, sync_gradients, whole
 from pipeline.errors import INTERRUPTED, NUMERIC, USAGE, PipelineError
 from pipeline.hardware import peak_memory_gb
 from pipeline.model import VisionLanguageModel
@@ -86,17 +87,22 @@ def plan_work(
     skip: int = 0,
     rank: int = 0,
     ranks: int = 1,
+    even: bool = False,
 ) -> Iterator[Work]:
-    """The micro-batches of an epoch that fall to one of `ranks` processes, in order, from the epoch's step `skip` on."""
+    """The micro-batches of an epoch that fall to one of `ranks` processes, in order, from the epoch's step `skip` on.
+
+    `even`: every process gets as many; where one has less to do, the rest of its pieces do not count.
+    """
     sharing = sharing or alone(table.lengths)
     shared = sharing if sharing.rows_a_group > 1 else None
     steps = plan_epoch(table.lengths, batch_size=schedule.batch_size, seed=schedule.seed, epoch=epoch, sharing=shared)
     for rows in steps[skip:]:
-        parts = split_by_tokens(rows, sharing, schedule.micro_tokens, rank=rank, ranks=ranks)
-        share = 1.0 / int(table.supervised[rows].sum()) if parts else 0.0
-        parts = parts or [[rows[:1]]]  # every process takes part in every step
-        for number, part in enumerate(parts, start=1):
-            yield Work(part, share, len(parts), number == len(parts))
+        every = [split_by_tokens(rows, sharing, schedule.micro_tokens, rank=number, ranks=ranks) for number in range(ranks)]
+        parts, share = every[rank], 1.0 / int(table.supervised[rows].sum())
+        count = max(map(len, every)) if even else max(1, len(parts))  # every process takes part in every step
+        for number in range(count):
+            counts = number < len(parts)
+            yield Work(parts[number] if counts else [rows[:1]], share if counts else 0.0, count, number == count - 1)
 
 
 def train(
@@ -112,22 +118,26 @@ def train(
     keeper: "Keeper | None" = None,
     watch: Step | None = None,
     threads: int = 1,
+    divided: bool = False,
 ) -> list[dict[str, float]]:
     """Train in place; returns the history, a row a step: step, epoch, loss (per supervised token), lr, grad_norm.
 
     `keeper` saves the state now and then and brings an interrupted run back; without one a run starts at its beginning.
     `watch` is called with each step's figures. `threads` load ahead. Several processes (accelerate) divide each step
-    between them; the history is the same in all.
+    between them; the history is the same in all. `divided`: each holds a part of every weight (see `pipeline.dividing`)
+    and the model stays so.
     Raises `PipelineError` before the update that a non-finite loss or gradient would spoil, and when told to stop.
     """
     steps_per_epoch = -(-len(table) // schedule.batch_size)
     steps = steps_per_epoch * schedule.epochs
+    if divided:
+        divide(model)
     optimizer = make_optimizer(model, lr=schedule.lr, weight_decay=schedule.weight_decay)
     history = keeper.start(model, optimizer, accelerator.scaler) if keeper else []
     scheduler = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
         optimizer, max(1, round(schedule.warmup * steps)), steps, last_epoch=len(history) - 1, min_lr_rate=schedule.min_lr
     )
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, optimizer = (model, accelerator.prepare(optimizer)) if divided else accelerator.prepare(model, optimizer)
     wrapped.train()
     sharing = sharing or alone(table.lengths)
     ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
@@ -143,14 +153,19 @@ def train(
 
     for epoch in range(len(history) // steps_per_epoch, schedule.epochs):
         total = torch.zeros((), device=accelerator.device)
-        planned = plan_work(table, schedule, epoch, sharing=sharing, skip=len(history) - epoch * steps_per_epoch, **ranks)
+        planned = plan_work(
+            table, schedule, epoch, sharing=sharing, skip=len(history) - epoch * steps_per_epoch, even=divided, **ranks
+        )
         torch.manual_seed(schedule.seed + len(history))  # dropout, where a model has any, follows from the step
         batches = run_ahead(run_ahead(planned, prepare, depth=threads + 1), load, depth=threads + 1, threads=threads)
         for (work, batch), loaded in meter.waiting(batches):
             batch = batch.to(accelerator.device)
             features = source.features(loaded).to(accelerator.device, non_blocking=True)
-            with nullcontext() if work.last else accelerator.no_sync(wrapped):
-                loss, router = wrapped(batch, features)
+            if divided:
+                sync_gradients(model, work.last)
+            with nullcontext() if divided or work.last else accelerator.no_sync(wrapped):
+                with accelerator.autocast():
+                    loss, router = wrapped(batch, features)
                 # gradients are averaged over processes, the loss is a sum over all of them
                 accelerator.backward(loss * (work.share * accelerator.num_processes) + router / work.parts)
             total += loss.detach() * work.share
@@ -158,7 +173,7 @@ def train(
             if not work.last:
                 continue
             total = accelerator.reduce(total, "sum")
-            norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], schedule.clip_norm)
+            norm = whole(accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], schedule.clip_norm))
             _require_finite(
                 total, norm, len(history), schedule, table.where(int(work.units[0][0])), scaled=accelerator.scaler is not None
             )
@@ -238,8 +253,9 @@ class Keeper:
             due, self._stop = (bool(flag) for flag in accelerator.reduce(asked, "sum"))
         if not (last or self._stop or due):
             return
-        if accelerator.is_main_process:
-            self._resume.save(model, getattr(optimizer, "optimizer", optimizer), history, accelerator.scaler)
+        self._resume.save(
+            model, getattr(optimizer, "optimizer", optimizer), history, accelerator.scaler, write=accelerator.is_main_process
+        )
         self._saved = time.monotonic()
         if self._stop and not last:
             raise PipelineError(

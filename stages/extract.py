@@ -54,13 +54,13 @@ def main(params: StageParams) -> dict[str, Any]:
     )
     if not processes.get("rank"):
         write_json(Path("data/features_meta.json"), {"tokens": encoder.tokens, "width": encoder.width})
-    rate = round(done.encoded / done.seconds, 1) if done.encoded else 0.0
+    rate = round(done.encoded / done.seconds, 1) if done.seconds else 0.0
     return {
         "images": done.images,
         "encoded": done.encoded,
         "cache_mb": round(done.bytes / 1e6, 1),
         "images_per_second": rate,
-        "waiting_share": round(done.waited / done.seconds, 3) if done.encoded else 0.0,
+        "waiting_share": round(done.waited / done.seconds, 3) if done.seconds else 0.0,
     }
 
 

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from test_stage import ROOT, stage
 from test_training import SCHEDULE
 
+from pipeline.dividing import gather
 from pipeline.errors import ARTEFACT, BAD_ROWS, INTERRUPTED
 from pipeline.evaluate import answer_accuracy, heldout_loss
 from pipeline.extraction import distinct_images, extract
@@ -58,6 +59,7 @@ class Case:
     what: str
     shared: bool = False
     mixture: bool = False
+    divided: bool = False
 
 
 CASES = {
@@ -66,6 +68,9 @@ CASES = {
     "all": Case("all"),
     "all-shared": Case("all", shared=True),
     "mixture": Case("all", mixture=True),
+    "projector-divided": Case("projector", divided=True),
+    "all-shared-divided": Case("all", shared=True, divided=True),
+    "mixture-divided": Case("all", mixture=True, divided=True),
 }
 SHARDS = {"3-shards": 2, "1-shard": 6}  # rows of a shard; six pictures: one process has two or none of the shards
 
@@ -88,7 +93,11 @@ def run(world: World, mixture: Path, case: Case) -> Outcome:
         model.language_model.config.router_aux_loss_coef = 0.0  # a router's loss is a mean of each piece: see docs/distributed.md
     source = StoredFeatures(world.store, world.table)
     options: dict[str, Any] = {"image_id": world.builder.image_id, "sharing": find_sharing(world.table) if case.shared else None}
-    history = train(model, world.table, source, SCHEDULE_OF_PIECES, accelerator, name="t", **options)
+    divided = case.divided and accelerator.num_processes > 1
+    history = train(model, world.table, source, SCHEDULE_OF_PIECES, accelerator, name="t", divided=divided, **options)
+    if divided:
+        assert sum(p.to_local().numel() for p in model.parameters()) < 0.6 * sum(p.numel() for p in model.parameters())
+        model = gather(model, world.model(case.what, llm=mixture if case.mixture else None))
     heldout = heldout_loss(model, world.table, source, accelerator, micro_tokens=70, **options)
     asked: dict[str, Any] = {"max_new_tokens": 4, "batch_size": 2, "blind": False, "name": "t"}
     _, answers = answer_accuracy(model, world.table, source, accelerator, world.builder, **asked)
@@ -321,7 +330,9 @@ def assert_trained_alike(one: Path, other: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_all_stages_in_two_processes_end_as_in_one(alone: Path, project: Path) -> None:
+@pytest.mark.parametrize("divided", [False, True])
+def test_all_stages_in_two_processes_end_as_in_one(alone: Path, project: Path, divided: bool) -> None:
+    set_params(project, f"runtime.divided={divided}")
     for name in ("extract", "tokenize"):
         finish(stage(name, project))
         assert contents(project / "data/features") == contents(alone / "data/features")
@@ -332,14 +343,18 @@ def test_all_stages_in_two_processes_end_as_in_one(alone: Path, project: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "then"), [(RANKS, 1), (1, RANKS)])
-def test_a_run_that_was_stopped_goes_on_in_another_number_of_processes(alone: Path, project: Path, first: int, then: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "then"), [((RANKS, False), (1, False)), ((1, False), (RANKS, True)), ((RANKS, True), (RANKS, False))]
+)
+def test_a_run_that_was_stopped_goes_on_in_another_number_of_processes(
+    alone: Path, project: Path, first: tuple[int, bool], then: tuple[int, bool]
+) -> None:
     take(alone, project)
-    set_params(project, f"runtime.processes={first}")
+    set_params(project, f"runtime.processes={first[0]}", f"runtime.divided={first[1]}")
     running = stage("pretrain", project)
     stop_after(running, project, 5, signal.SIGTERM)
-    assert "state saved" in finish(running, code=143 if first > 1 else INTERRUPTED)
-    set_params(project, f"runtime.processes={then}")
+    assert "state saved" in finish(running, code=143 if first[0] > 1 else INTERRUPTED)
+    set_params(project, f"runtime.processes={then[0]}", f"runtime.divided={then[1]}")
     running = stage("pretrain", project)
     out, err = running.communicate(timeout=120)
     assert running.returncode == 0, err

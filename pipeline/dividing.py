@@ -1,0 +1,48 @@
+"""A model whose weights, gradients and optimiser states are divided over processes (FSDP2, arXiv 2304.11277).
+
+Every layer's weights are gathered when it runs and dropped after, so a model need not fit on one device to train. All
+processes must run the same number of pieces: gathering is something that they do together.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from pipeline.model import VisionLanguageModel
+
+
+def divide(model: "VisionLanguageModel") -> None:
+    """Divide in place: a group for each decoder layer, one for the rest, where tied weights stay together."""
+    for layer in model.language_model.get_decoder().layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+
+def sync_gradients(model: torch.nn.Module, on: bool) -> None:
+    """Whether the next backward pass sums gradients over processes; until then each keeps its own, whole."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(on)
+
+
+def gather(divided: "VisionLanguageModel", fresh: "VisionLanguageModel") -> "VisionLanguageModel":
+    """`fresh`, the model that training began with, now with the weights that trained: whole, to save and to measure."""
+    with torch.no_grad():
+        for trained, parameter in zip(divided.parameters(), fresh.parameters(), strict=True):
+            if trained.requires_grad:
+                parameter.copy_(whole(trained.detach()))
+    return fresh
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, on every process; all must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that all have whole, divided as `parameter` is."""
+    if not isinstance(parameter, DTensor) or not tensor.ndim:
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
