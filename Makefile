@@ -41,4 +41,4 @@ lock: $(BIN)/.installed
 	  pip freeze --exclude-editable | sed 's/+cpu//') > constraints.txt
 
 clean:
-	rm -rf .venv .dvc/cache .dvc/tmp .dvc/features data/features data/features_meta.json data/tokens models results
+	rm -rf .venv .dvc/cache .dvc/tmp .dvc/features data/features data/features_* data/tokens models results

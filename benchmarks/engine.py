@@ -240,6 +240,7 @@ def shared(bench: Bench) -> dict[str, Any]:
         figures |= {
             f"shared_{name}_speedup": on.over(separate),
             f"shared_{name}_over_default": on.over(default),
+            f"shared_{name}_fewer_tokens": round(separate.middle("tokens") / on.middle("tokens"), 3),
             f"shared_{name}_samples_per_second": rates_of(found),
         }
     return figures | {"shared_image_speedup": figures["shared_pretrain_speedup"]}
@@ -296,7 +297,7 @@ def _main(parts: list[Part], rows: int, rounds: int, models: list[str], *, tiny:
     console.width = max(console.width, 100)  # or figures would be cut off
     with tempfile.TemporaryDirectory() as folder:
         console.print("[dim]building models, pictures and rows[/dim]")
-        world = build(Path(folder), models=models, captions=max(32, 16 * max(16, rows // 2)), pictures=max(32, rows), tiny=tiny)
+        world = build(Path(folder), models=models, rows=max(32, 16 * max(16, rows // 2)), pictures=max(32, rows), tiny=tiny)
         bench = Bench(world, models, rows, rounds, console)
         for figures in chain.from_iterable(measure(part, bench) for part in parts):
             if tiny:

@@ -6,6 +6,7 @@ what Python and its libraries take), and what else the side tells. Loading and a
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,8 +24,9 @@ from benchmarks.naive import RECIPES, NaiveModel, Recipe, Rows, make_loader, mas
 from benchmarks.world import IMAGE_TOKEN, World
 from pipeline.batches import collate, plan_epoch
 from pipeline.errors import exit_on_error
+from pipeline.extraction import distinct_images, extract
 from pipeline.features import FeatureStore
-from pipeline.hardware import peak_memory_gb, pick_attention, use_fast_float32
+from pipeline.hardware import keep_freed_memory, peak_memory_gb, pick_attention, use_fast_float32
 from pipeline.images import ImageRoot
 from pipeline.model import VisionLanguageModel, build_projector, freeze, hidden_size, load_language_model
 from pipeline.sharing import LONGEST, Sharing, alone, find_sharing
@@ -36,7 +38,7 @@ from pipeline.training import MIXED, Schedule, plan_work, train
 from pipeline.vision import Encoder
 
 CPU = torch.device("cpu")
-LIVE_CACHE, MICRO_TOKENS, EXTRACT_BATCH, THREADS, SEED = 512_000_000, 16384, 16, 2, 0  # as params.yaml has them
+LIVE_CACHE, MICRO_TOKENS, EXTRACT_BATCH, SHARD_ROWS, THREADS, SEED = 512_000_000, 16384, 16, 4096, 2, 0  # as params.yaml has them
 Result = dict[str, Any]
 
 
@@ -80,9 +82,7 @@ def _schedule(turn: Turn) -> Schedule:
 
 
 def _encoder(world: World, turn: Turn) -> Encoder:
-    """Live, a batch of the encoder is a step's pictures: it fills up smaller ones, which would cost their time."""
-    batch = _recipe(turn).batch_size if turn.stage == "sft" else EXTRACT_BATCH
-    return Encoder(str(world.clip), precision=turn.precision, device=CPU, batch=batch)
+    return Encoder(str(world.clip), precision=turn.precision, device=CPU, batch=EXTRACT_BATCH)
 
 
 def _sharing(turn: Turn, table: TokenTable) -> Sharing:
@@ -115,6 +115,7 @@ def _image_id(world: World, turn: Turn, tokens: int) -> int:
 def ours(world: World, turn: Turn) -> Result:
     """Our engine, put together as a stage does, with a fresh source so that no picture is known beforehand."""
     use_fast_float32()
+    keep_freed_memory()
     table = TokenTable(world.tokens(turn.table), limit=turn.rows)
     schedule, accelerator = _schedule(turn), Accelerator(mixed_precision=MIXED[turn.precision], cpu=True)
     encoder = _encoder(world, turn)
@@ -132,15 +133,16 @@ def ours(world: World, turn: Turn) -> Result:
     began = time.perf_counter()
     history = run(turn.rows)
     seconds = time.perf_counter() - began
-    padding = _padding(table, schedule, _sharing(turn, table))
-    return {"samples": len(table), "seconds": seconds, "padding": padding, "loss": history[-1]["loss"]}
+    tokens, padding = _tokens(table, schedule, _sharing(turn, table))
+    return {"samples": len(table), "seconds": seconds, "tokens": tokens, "padding": padding, "loss": history[-1]["loss"]}
 
 
-def _padding(table: TokenTable, schedule: Schedule, sharing: Sharing) -> float:
-    """Share of the positions of an epoch's batches that hold no token."""
+def _tokens(table: TokenTable, schedule: Schedule, sharing: Sharing) -> tuple[int, float]:
+    """Tokens of an epoch's batches, and what share of their positions holds none."""
     works = plan_work(table, schedule, 0, sharing=sharing)
     lengths = [np.array([sharing.unit_length(unit) for unit in work.units]) for work in works]
-    return 1 - sum(int(found.sum()) for found in lengths) / sum(int(found.max()) * len(found) for found in lengths)
+    tokens = sum(int(found.sum()) for found in lengths)
+    return tokens, 1 - tokens / sum(int(found.max()) * len(found) for found in lengths)
 
 
 def _naive_rows(world: World, turn: Turn, tokens: int) -> Rows:
@@ -205,29 +207,31 @@ def _files(world: World, count: int) -> list[Path]:
 
 
 def extract_ours(world: World, turn: Turn) -> Result:
-    """Files to features through our encoder, then pixels to features: how much of the time is decoding."""
+    """The stage's work from files to shards on disk; then the encoder alone, from pixels to features."""
     use_fast_float32()
+    keep_freed_memory()
     encoder, files = Encoder(str(world.clip), precision=turn.precision, device=CPU, batch=EXTRACT_BATCH), _files(world, turn.rows)
-    chunks = [files[start : start + EXTRACT_BATCH] for start in range(0, len(files), EXTRACT_BATCH)]
-    names = [str(file.name) for file in files[:EXTRACT_BATCH]]
-    pixels = torch.from_numpy(np.stack([encoder.preprocess(file.read_bytes(), where=file.name) for file in chunks[0]]))
-    encoder.encode(pixels, names)
-    encoder.tower.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
+    names = [file.name for file in files[:EXTRACT_BATCH]]
+    pixels = torch.from_numpy(np.stack([encoder.preprocess(file.read_bytes(), where=file.name) for file in files[:EXTRACT_BATCH]]))
     with FlopCounterMode(display=False) as counter:  # multiplications and additions count one each
-        encoder.tower(torch.zeros(1, *pixels.shape[1:]))
-    encoder.tower.set_attn_implementation("sdpa")
-    began = time.perf_counter()
-    for chunk in chunks:
-        encoder.encode_files([file.read_bytes() for file in chunk], [file.name for file in chunk])
-    seconds = time.perf_counter() - began
-    began = time.perf_counter()
-    for _ in chunks:
         encoder.encode(pixels, names)
-    encoding = (time.perf_counter() - began) / (len(chunks) * len(pixels))
+    root = ImageRoot(world.images)
+    with tempfile.TemporaryDirectory(dir=world.folder) as folder:
+        began = time.perf_counter()
+        distinct, hashes = distinct_images([(root, [file.name for file in files])], threads=THREADS)
+        extract(
+            distinct, hashes, encoder,
+            stores=[Path(folder) / "shards"], out=Path(folder) / "features", shard_rows=SHARD_ROWS, workers=THREADS,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    for _ in range(0, len(files), EXTRACT_BATCH):
+        encoder.encode(pixels, names)
+    encoding = (time.perf_counter() - began) / len(range(0, len(files), EXTRACT_BATCH)) / len(pixels)
     return {
-        "samples": len(files),
+        "samples": len(distinct),
         "seconds": seconds,
-        "flops": counter.get_total_flops(),
+        "flops": counter.get_total_flops() / len(pixels),
         "encode_per_second": 1 / encoding,
     }
 

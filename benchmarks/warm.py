@@ -1,8 +1,14 @@
-"""Random rows that are in memory: how near each reader comes to copying that much memory."""
+"""Random rows that are in memory: how near each reader comes to copying that much memory.
+
+Each reader lives in a process of its own, as it does in use: page tables, open files and memory of one must not slow
+another down. Only one of them works at a time.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
 
@@ -14,7 +20,7 @@ from benchmarks.rows import ROW_BYTES, SHAPE, Epoch, Side, make_rows, require_ro
 from pipeline.errors import RESOURCE, PipelineError
 
 BATCHES, HEADLINE = (16, 64, 256), 64
-READ_AHEAD = 2**27  # bytes that the kernel may still fetch behind the rows, libraries' code included
+READ_AHEAD = 2**24  # bytes a turn that the kernel may still fetch behind the rows, libraries' code included
 MEMCPY, MEMCPY_ROWS = "memcpy, batch by batch", "memcpy, row by row"
 
 
@@ -48,45 +54,99 @@ def memcpy_rows(data: np.ndarray) -> Epoch:
 def measure_warm(sides: Sequence[Side], root: Path, count: int, rounds: int) -> dict[int, dict[str, list[float]]]:
     """Bytes of features a second by batch size, side and round over the first `count` rows, the sides in random order.
 
-    Everything is opened once. An untimed round at each batch size brings the rows into memory and compares every one; the
-    headline's size has all `rounds`, the others half. `count` is a multiple of every batch size. Raises `PipelineError`
-    when a row differs, or when the rows do not stay in memory.
+    An untimed round at each batch size brings the rows into memory and compares every one; the headline's size has all
+    `rounds`, the others half. `count` is a multiple of every batch size. Raises `PipelineError` when a row differs, or when
+    the rows do not stay in memory.
     """
-    data, rng = make_rows(range(count)), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    opened: dict[str, tuple[Side | None, Callable[[], AbstractContextManager[Epoch]]]] = {
+        side.name: (side, partial(side.open, side.folder(root))) for side in sides
+    }
+    opened |= {MEMCPY: (None, partial(_limit, memcpy, count)), MEMCPY_ROWS: (None, partial(_limit, memcpy_rows, count))}
     with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
-        epochs = {side.name: stack.enter_context(side.open(side.folder(root))) for side in sides}
+        readers = {name: stack.enter_context(_reader(*how)) for name, how in opened.items()}
         found = {}
         for batch in BATCHES:
-            out = np.ones((batch, *SHAPE), np.float16)
-            for side in sides:
-                batches = _shuffled(rng, count, batch)
-                for rows, got in zip(batches, epochs[side.name](batches, out), strict=True):
-                    require_rows(side, rows, got, data[rows])
-            limits = {MEMCPY: memcpy(data), MEMCPY_ROWS: memcpy_rows(data)}
+            for ask in readers.values():
+                ask(_shuffled(rng, count, batch), True)
             turns = rounds if batch == HEADLINE else -(-rounds // 2)
-            found[batch] = _take_turns(epochs | limits, out, turns, partial(_shuffled, rng, count, batch), rng)
+            found[batch] = _take_turns(readers, turns, partial(_shuffled, rng, count, batch), rng)
     return found
+
+
+@contextmanager
+def _limit(copy: Callable[[np.ndarray], Epoch], count: int) -> Iterator[Epoch]:
+    yield copy(make_rows(range(count)))
 
 
 def _shuffled(rng: np.random.Generator, count: int, batch: int) -> list[np.ndarray]:
     return list(rng.permutation(count).reshape(-1, batch))
 
 
+Ask = Callable[[list[np.ndarray], bool], tuple[float, int]]
+
+
+@contextmanager
+def _reader(side: Side | None, open_: Callable[[], AbstractContextManager[Epoch]]) -> Iterator[Ask]:
+    """A process that has a side open: batches in, seconds and bytes from disk out."""
+    context = get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, side, open_), daemon=True)
+    process.start()
+    there.close()
+
+    def ask(batches: list[np.ndarray], compare: bool) -> tuple[float, int]:
+        try:
+            here.send((batches, compare))
+            answer = here.recv()
+        except (EOFError, OSError):
+            process.join()
+            raise PipelineError(f"a reader ended with exit code {process.exitcode}", code=RESOURCE) from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    try:
+        yield ask
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve(there: Connection, side: Side | None, open_: Callable[[], AbstractContextManager[Epoch]]) -> None:
+    torch.set_num_threads(1)
+    try:
+        with open_() as epoch:
+            out: dict[int, np.ndarray] = {}
+            while True:
+                batches, compare = there.recv()
+                room = out.setdefault(len(batches[0]), np.ones((len(batches[0]), *SHAPE), np.float16))
+                there.send(_epoch(epoch, batches, room, side if compare else None))
+    except EOFError:
+        return
+    except Exception as error:
+        there.send(error)
+
+
+def _epoch(epoch: Epoch, batches: list[np.ndarray], out: np.ndarray, compared: Side | None) -> tuple[float, int]:
+    before, began = bytes_from_disk(), perf_counter()
+    for rows, got in zip(batches, epoch(batches, out), strict=True):
+        if compared:
+            require_rows(compared, rows, got, make_rows(rows))
+    return perf_counter() - began, bytes_from_disk() - before
+
+
 def _take_turns(
-    epochs: dict[str, Epoch], out: np.ndarray, rounds: int, batches_of: Callable[[], list[np.ndarray]], rng: np.random.Generator
+    readers: dict[str, Ask], rounds: int, batches_of: Callable[[], list[np.ndarray]], rng: np.random.Generator
 ) -> dict[str, list[float]]:
-    names, before = list(epochs), bytes_from_disk()
+    names = list(readers)
     found: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         batches = batches_of()
         wanted = sum(map(len, batches)) * ROW_BYTES
         for number in rng.permutation(len(names)):
-            began = perf_counter()
-            for _ in epochs[names[number]](batches, out):
-                pass
-            found[names[number]].append(wanted / (perf_counter() - began))
-    if bytes_from_disk() - before > READ_AHEAD + 0.02 * rounds * len(names) * wanted:
-        raise PipelineError("the rows did not stay in memory", where="warm reads", remedy="fewer --rows", code=RESOURCE)
+            seconds, fetched = readers[names[number]](batches, False)
+            found[names[number]].append(wanted / seconds)
+            if fetched > READ_AHEAD + 0.02 * wanted:
+                raise PipelineError("the rows did not stay in memory", where=names[number], remedy="fewer --rows", code=RESOURCE)
     return found

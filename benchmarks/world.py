@@ -4,7 +4,8 @@ Writes clip/ (a whole CLIP ViT-B/16, as its checkpoint comes), llm-NAME/ (weight
 MiniMind's manner), images/, two data sets in the project's record format, their token tables and the feature store:
 
     captions    one caption of 30-45 tokens a picture, asked for before the picture, as MiniMind-V does
-    questions   ten answers as long, the picture before the question, so that they can share it
+    questions   ten on each picture, as data sets of visual questions have them: 6-12 words, answered by one to three;
+                the picture stands before the question, so that they can share it
 
 Everything follows from one seed. Random weights cost the same time as trained ones.
 """
@@ -23,11 +24,12 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, LlamaConf
 
 from pipeline.extraction import distinct_images, extract
 from pipeline.files import write_json
+from pipeline.formats import RowPolicy, SourceSpec, open_source
 from pipeline.images import ImageRoot
-from pipeline.records import read_records
 from pipeline.stage import be_quiet
 from pipeline.text import PromptBuilder
 from pipeline.tokenization import Summary, tokenize
+from pipeline.tokenization import Tokenizer as RowTokenizer
 from pipeline.tokens import write_tokens
 from pipeline.vision import Encoder
 
@@ -92,8 +94,8 @@ class World:
         return json.loads((self.folder / "facts.json").read_text(encoding="utf-8"))
 
 
-def build(folder: Path, *, models: list[str], captions: int, pictures: int, tiny: bool) -> World:
-    """Make a world: `captions` rows over `pictures` pictures in turn, and ten questions on each of them."""
+def build(folder: Path, *, models: list[str], rows: int, pictures: int, tiny: bool) -> World:
+    """Make a world: captions as `rows` over `pictures` pictures in turn, and ten questions on each of them."""
     be_quiet()
     world, rng = World(folder), random.Random(0)
     words = _words(rng)
@@ -110,9 +112,11 @@ def build(folder: Path, *, models: list[str], captions: int, pictures: int, tiny
     CLIPImageProcessorPil().save_pretrained(world.clip)  # its defaults are CLIP's: 224, bicubic, centre crop
     _write_pictures(world.images, pictures)
     sentences = _sentences(tokenizer, words, rng)
-    shown = [i % pictures for i in range(captions)], [i // QUESTIONS for i in range(QUESTIONS * pictures)]
-    _write_rows(world.records("captions"), shown[0], sentences, rng, form="{question}\n<image>")
-    _write_rows(world.records("questions"), shown[1], sentences, rng, form="<image>\n{question}")
+    shown = [i % pictures for i in range(rows)], [i // QUESTIONS for i in range(QUESTIONS * pictures)]
+    captions = [(f"{rng.choice(PROMPTS)}\n<image>", sentences[i % len(sentences)]) for i in range(len(shown[0]))]
+    asked = [(_sentence(words, rng.randint(6, 12), rng), _sentence(words, rng.randint(1, 3), rng)) for _ in shown[1]]
+    _write_rows(world.records("captions"), shown[0], captions)
+    _write_rows(world.records("questions"), shown[1], [(f"<image>\n{question}", answer) for question, answer in asked])
     encoder = Encoder(str(world.clip), device=torch.device("cpu"), batch=16)
     for table in ("captions", "questions"):
         _tokenise(world, table, world.llm(models[0]), encoder.tokens)
@@ -174,18 +178,16 @@ def _write_pictures(folder: Path, count: int) -> None:
         Image.fromarray(np.clip(soft + grain, 0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
 
 
-def _write_rows(path: Path, pictures: list[int], sentences: list[str], rng: random.Random, *, form: str) -> None:
+def _write_rows(path: Path, pictures: list[int], spoken: list[tuple[str, str]]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for number, picture in enumerate(pictures):
-            turns = [
-                {"role": "user", "content": form.format(question=rng.choice(PROMPTS))},
-                {"role": "assistant", "content": sentences[number % len(sentences)]},
-            ]
+        for picture, (question, answer) in zip(pictures, spoken, strict=True):
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"conversations": turns, "image": f"{picture}.jpg"}) + "\n")
 
 
 def _tokenise(world: World, table: str, llm: Path, tokens: int) -> None:
-    builder: dict[str, Any] = {"model": str(llm), "image_token": IMAGE_TOKEN, "tokens": tokens}
-    settings = (builder, ImageRoot(world.images), 1536, "stop")
-    batches = tokenize(read_records(world.records(table)), settings, Summary(), workers=1, progress=lambda _: None)
-    write_tokens(world.tokens(table), batches, PromptBuilder(**builder).spec())
+    builder = PromptBuilder(str(llm), image_token=IMAGE_TOKEN, tokens=tokens)
+    tokenizer = RowTokenizer(builder, ImageRoot(world.images), 1536, "stop")
+    records = RowPolicy("stop", 0).keep(open_source(SourceSpec(str(world.records(table)))).records())
+    batches = tokenize(records, tokenizer, Summary(), workers=1, progress=lambda _: None)
+    write_tokens(world.tokens(table), batches, builder.spec())

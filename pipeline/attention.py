@@ -2,7 +2,8 @@
 
 The query is scaled instead of the scores, the mask is what the product is added to, key heads are not repeated for the
 query heads that share them, and the softmax stays in the number format of the scores (its kernel sums in float32 anyway).
-In bfloat16 at [16, 8, 273, 64]: 17 ms forward and 21 backward, against 45 and 57 (eager), 34 and 79 (sdpa).
+In bfloat16 at [16, 8, 273, 64], forward and backward on one thread of a busy AMD Zen 5, taken in turn in one run: eager took
+2.0 to 2.8 times as long, sdpa 1.9 to 2.2 times (least of 22 rounds, two runs).
 """
 
 from typing import Any

@@ -27,6 +27,13 @@ def sync_gradients(model: torch.nn.Module, on: bool) -> None:
     model.set_requires_gradient_sync(on)
 
 
+def put_away(model: torch.nn.Module) -> None:
+    """Drop what a forward pass without a backward one has left gathered, so that parameters are parts again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def gather(divided: "VisionLanguageModel", fresh: "VisionLanguageModel") -> "VisionLanguageModel":
     """`fresh`, the model that training began with, now with the weights that trained: whole, to save and to measure."""
     with torch.no_grad():

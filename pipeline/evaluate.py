@@ -33,7 +33,7 @@ class Score:
         return self.correct / self.questions
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a model that goes on training afterwards must not keep a tensor of it
 def heldout_loss(
     model: VisionLanguageModel,
     table: TokenTable,
@@ -43,30 +43,33 @@ def heldout_loss(
     image_id: int,
     micro_tokens: int,
     sharing: Sharing | None = None,
+    even: bool = False,
 ) -> float:
-    """Mean cross-entropy a supervised token over all rows; several processes (accelerate) divide them."""
+    """Mean cross-entropy a supervised token over all rows; several processes (accelerate) divide them.
+
+    `even`: all make as many forward passes, as a divided model needs; those of a process with less to do do not count.
+    """
     model.eval()
     sharing, rank, ranks = sharing or alone(table.lengths), accelerator.process_index, accelerator.num_processes
-    parts = split_by_tokens(np.arange(len(table)), sharing, micro_tokens, rank=rank, ranks=ranks)
+    rows = np.arange(len(table))
+    parts = split_by_tokens(rows, sharing, micro_tokens, rank=rank, ranks=ranks)
+    counted = len(parts)
+    if even:
+        most = max(len(split_by_tokens(rows, sharing, micro_tokens, rank=number, ranks=ranks)) for number in range(ranks))
+        parts += [[rows[:1]]] * (most - counted)
 
     def load(units: list[np.ndarray]) -> tuple[Batch, Any]:
         batch = collate(table, units, sharing=sharing, image_id=image_id, tokens=source.tokens)
         return batch, source.load(batch.slots)
 
     total = 0.0
-    for _, (batch, loaded) in tqdm(
-        run_ahead(parts, load),
-        total=len(parts),
-        desc="held-out loss",
-        unit="batch",
-        mininterval=0.5,
-        disable=not accelerator.is_main_process,
-    ):
-        batch = batch.to(accelerator.device)
-        features = source.features(loaded).to(accelerator.device)
+    hidden = not accelerator.is_main_process
+    loaded = source.stream(made for _, made in run_ahead(parts, load))
+    bar = tqdm(loaded, total=len(parts), desc="held-out loss", unit="batch", mininterval=0.5, disable=hidden)
+    for number, (batch, features) in enumerate(bar):
         with accelerator.autocast():
-            loss, _ = model(batch, features)
-        total += float(loss)
+            loss, _ = model(batch.to(accelerator.device), features.to(accelerator.device))
+        total += float(loss) if number < counted else 0.0
     summed = accelerator.reduce(torch.tensor(total, dtype=torch.float64, device=accelerator.device), "sum")
     return float(summed) / int(table.supervised.sum())
 
@@ -101,8 +104,8 @@ def answer_accuracy(
     def load(part: list[list[int]]) -> Any:
         return source.load(np.concatenate([np.array(rows[group[0]].slots, np.int64) for group in part]))
 
-    for part, loaded in tqdm(
-        run_ahead(parts, load),
+    for part, features in tqdm(
+        source.stream(run_ahead(parts, load)),
         total=len(parts),
         desc=name,
         unit="batch",
@@ -110,7 +113,6 @@ def answer_accuracy(
         disable=not accelerator.is_main_process,
     ):
         firsts = [group[0] for group in part]
-        features = source.features(loaded)
         with accelerator.autocast():
             produced = generate(
                 model,

@@ -2,83 +2,44 @@
 
 Reads records and images; writes shards to a store that all experiments of a checkout share and links them into the
 stage's output, so an image whose features exist is never encoded again. The output depends on data and parameters only:
-images in order of first appearance, a fixed number to a shard, whatever was stored before.
+images in order of first appearance, a fixed number to a shard, whatever was stored before. An image that cannot be decoded
+stops the run, or its row in the shard stays a hole: zeros under a hash of zeros, which no image has.
 """
 
 import shutil
-import sys
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pipeline.ahead import run_ahead
-from pipeline.errors import RESOURCE, PipelineError
+from pipeline.encoding import ImageFile, Pixels, Stream
+from pipeline.errors import BAD_ROWS, RESOURCE, PipelineError
 from pipeline.features import INDEX, ShardSet
 from pipeline.files import link_or_copy, make_folder, remove_leftovers, write_json
 from pipeline.images import ImageError, Images, digest
 from pipeline.shards import Shard, row_bytes, shard_name, write_shard
-from pipeline.vision import Encoder, Preprocessor, fingerprint
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFile:
-    """Where an image's bytes are: a name within an image root."""
-
-    root: Images
-    name: str
-
-    @property
-    def where(self) -> str:
-        return f"{self.root.path}: {self.name}"
+from pipeline.vision import Encoder, fingerprint
 
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """What a run did: images in the output, encoded now, bytes on disk, seconds spent encoding and, of them, waiting."""
+    """What a run did: images in the output, encoded now, bytes on disk, seconds spent encoding and, of them, waiting.
+
+    `good` says of each image that was asked for whether it is in the output, `bad` what is wrong with the others.
+    """
 
     images: int
     encoded: int
     bytes: int
     seconds: float
     waited: float
-
-
-class _Pixels(Dataset):
-    """Decodes one image an item, in worker processes; a bad image is returned, not raised, so that its message survives."""
-
-    def __init__(self, files: list[ImageFile], hashes: np.ndarray, preprocess: Preprocessor) -> None:
-        self._files, self._hashes, self._preprocess = files, hashes, preprocess
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, item: int) -> np.ndarray | PipelineError:
-        file = self._files[item]
-        try:
-            data = file.root.read(file.name)
-            if digest(data) != self._hashes[item].tobytes():
-                raise ImageError("changed while it was being read", where=file.where)
-            return self._preprocess(data, where=file.where)
-        except PipelineError as error:
-            return error
-
-
-def _be_quiet(_: int) -> None:
-    """A worker whose parent was interrupted has nothing to report: the parent says it."""
-    sys.excepthook = lambda *_: None
-
-
-def _stack(items: list[np.ndarray | PipelineError]) -> torch.Tensor | PipelineError:
-    bad = next((item for item in items if isinstance(item, PipelineError)), None)
-    return bad or torch.from_numpy(np.stack([item for item in items if isinstance(item, np.ndarray)]))
+    good: np.ndarray
+    bad: list[PipelineError]
 
 
 def extract(
@@ -90,6 +51,7 @@ def extract(
     out: Path,
     shard_rows: int,
     workers: int,
+    skip: bool = False,
     rank: int = 0,
     ranks: int = 1,
     wait: Callable[[], None] = lambda: None,
@@ -97,7 +59,7 @@ def extract(
     """Write the features of distinct images [n] (hashes uint8 [n, 32]) to `out`; returns what was done.
 
     New shards go to the first store; rows that any of them holds are taken over. Raises `PipelineError` when an image is
-    bad (named), features are not finite, or the disk is too small (both figures).
+    bad (named; with `skip` it is left out and told instead), features are not finite, or the disk is too small (both figures).
 
     Of `ranks` processes each encodes every `ranks`-th new shard; `wait` returns when all have come to it, then the first
     process makes the output.
@@ -107,7 +69,11 @@ def extract(
     remove_leftovers(folders[0])
     parts = [slice(start, start + shard_rows) for start in range(0, len(files), shard_rows)]
     names = [shard_name(fingerprint(spec), hashes[part]) for part in parts]
-    found = [next((folder / name for folder in folders if (folder / name).exists()), None) for name in names]
+    pixels = Pixels(files, hashes, encoder.preprocess)
+    found = [
+        next((path for folder in folders if (path := folder / name).exists() and _holds(path, part, pixels, skip=skip)), None)
+        for name, part in zip(names, parts, strict=True)
+    ]
     todo = [number for number, path in enumerate(found) if path is None]
     known = ShardSet([Shard(path) for folder in folders if todo for path in sorted(folder.glob("*.h5"))], encoder.rows)
     rows = [known.find(hashes[parts[number]]) for number in todo]
@@ -118,16 +84,47 @@ def extract(
         _announce(len(files), encoded, sum(map(len, rows)), encoder, folders[0])
     mine = todo[rank::ranks]
     wanted = np.concatenate([np.empty(0, np.int64), *(fresh[number] for number in mine)])
-    with closing(_Stream([files[i] for i in wanted.tolist()], hashes[wanted], encoder, workers, quiet=bool(rank))) as stream:
+    chosen = [files[i] for i in wanted.tolist()], hashes[wanted]
+    with closing(Stream(*chosen, encoder, workers, skip=skip, quiet=bool(rank))) as stream:
         for number, stored in list(zip(todo, rows, strict=True))[rank::ranks]:
-            write_shard(folders[0] / names[number], hashes[parts[number]], spec, encoder.rows, _batches(stored, known, stream))
+            written = hashes[parts[number]].copy()
+            batches = _batches(stored, known, stream, written)  # which makes holes of bad ones in `written`
+            notes = {"relative_error": encoder.relative_error()}
+            write_shard(folders[0] / names[number], written, spec, encoder.rows, batches, notes=notes)
     stream.report()
     wait()
+    paths = [path or folders[0] / name for path, name in zip(found, names, strict=True)]
     if not rank:
-        _make_output(out, [path or folders[0] / name for path, name in zip(found, names, strict=True)], spec, hashes, shard_rows)
+        _make_output(out, paths, spec, hashes, shard_rows)
     wait()
     size = sum(file.stat().st_size for file in out.iterdir())
-    return Extraction(len(files), encoded, size, stream.seconds, stream.waited)
+    good = np.concatenate([np.ones(0, bool), *(_is_there(path) for path in paths)])
+    bad = [_why(pixels, item) for item in np.flatnonzero(~good).tolist()]
+    return Extraction(int(good.sum()), encoded - stream.skipped, size, stream.seconds, stream.waited, good, bad)
+
+
+def _why(pixels: Pixels, item: int) -> PipelineError:
+    """What is wrong with an image that was bad a moment ago."""
+    error = pixels.error(item)
+    if not isinstance(error, ImageError):
+        raise error or PipelineError("changed while it was being read", where=pixels.files[item].where, code=BAD_ROWS)
+    return error
+
+
+def _is_there(path: Path) -> np.ndarray:
+    """For each row of a shard whether an image is in it: bool [rows]."""
+    return Shard(path).hashes.any(1)
+
+
+def _holds(path: Path, part: slice, pixels: Pixels, *, skip: bool) -> bool:
+    """Whether a stored shard can be taken: every image is in it that can be decoded, and bad ones may be left out."""
+    for row in np.flatnonzero(~_is_there(path)).tolist():
+        error = pixels.error(part.start + row)
+        if error is not None and not skip:
+            raise error
+        if not isinstance(error, ImageError):  # it can be decoded now
+            return False
+    return True
 
 
 def _make_output(out: Path, shards: list[Path], spec: dict[str, Any], hashes: np.ndarray, shard_rows: int) -> None:
@@ -161,96 +158,61 @@ def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Pa
         )
 
 
-class _Stream:
-    """Fresh rows in order, one at a time; decoding runs ahead in worker processes.
+def _batches(stored: np.ndarray, known: ShardSet, stream: Stream, hashes: np.ndarray) -> Iterator[np.ndarray]:
+    """A shard's rows in order, in batches of bounded size: row `stored[i]` of the known ones, or fresh where it is -1.
 
-    `seconds` is what encoding took in all, `waited` how much of it the encoder stood still for want of a decoded picture.
+    A fresh one that is bad becomes zeros, and so does its hash in `hashes` [rows, 32].
     """
-
-    def __init__(self, files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, workers: int, *, quiet: bool) -> None:
-        self._files, self._encoder, self._done, self._quiet = files, encoder, 0, quiet
-        self.seconds, self.waited = 0.0, 0.0
-        self._loader = DataLoader(
-            _Pixels(files, hashes, encoder.preprocess),
-            batch_size=encoder.batch,
-            num_workers=workers,
-            collate_fn=_stack,
-            worker_init_fn=_be_quiet,
-        )
-        self._rows = self._encode() if files else iter(())
-
-    def __next__(self) -> np.ndarray:
-        return next(self._rows)
-
-    def _encode(self) -> Iterator[np.ndarray]:
-        size, first = self._encoder.batch, 0.0
-        with tqdm(total=len(self._files), unit="image", desc="extract", mininterval=0.5, disable=self._quiet) as bar:
-            asked = time.perf_counter()
-            for batch in self._loader:
-                if isinstance(batch, PipelineError):
-                    raise batch
-                began = time.perf_counter()
-                names = [file.where for file in self._files[self._done : self._done + len(batch)]]
-                rows = self._encoder.encode_rows(batch, names).numpy()
-                ended = time.perf_counter()
-                if self._done:  # starting the workers is no waiting for decoding
-                    self.waited += began - asked
-                self.seconds += ended - asked
-                self._done += len(rows)
-                bar.update(len(rows))
-                if self._done == 8 * size and not self._quiet and len(self._files) > 16 * size:
-                    rate = 7 * size / (self.seconds - first)
-                    bar.write(f"extract: about {(len(self._files) - self._done) / rate:,.0f} s to go at {rate:,.0f} images/s")
-                elif self._done == size:
-                    first = self.seconds
-                yield from rows  # last: nobody asks beyond the last row
-                asked = time.perf_counter()
-
-    def close(self) -> None:
-        """End the progress bar, so that an error stands on a line of its own."""
-        if isinstance(self._rows, Generator):
-            self._rows.close()
-
-    def report(self) -> None:
-        """Say when the encoder was kept waiting."""
-        if self._done and not self._quiet and self.waited > 0.05 * self.seconds:
-            share, each = self.waited / self.seconds, self.waited / self._done
-            print(
-                f"extract: {share:.0%} of the time went by waiting for decoded pictures ({1000 * each:.1f} ms each) "
-                "-> raise runtime.workers",
-                flush=True,
-            )
-
-
-def _batches(stored: np.ndarray, known: ShardSet, stream: _Stream) -> Iterator[np.ndarray]:
-    """A shard's rows in order, in batches of bounded size: row `stored[i]` of the known ones, or fresh where it is -1."""
     for start in range(0, len(stored), 256):
         numbers = stored[start : start + 256]
         batch = np.empty((len(numbers), *known.rows.shape), known.rows.dtype)
         old = np.flatnonzero(numbers >= 0)
         batch[old] = known.stored(numbers[old])
-        for i in np.flatnonzero(numbers < 0):
-            batch[i] = next(stream)
+        for i in np.flatnonzero(numbers < 0).tolist():
+            row = next(stream)
+            if row is None:
+                hashes[start + i] = 0
+            batch[i] = 0 if row is None else row
         yield batch
 
 
-def distinct_images(sources: Iterable[tuple[Images, Iterable[str]]], *, threads: int = 1) -> tuple[list[ImageFile], np.ndarray]:
-    """Distinct images by content, in order of first appearance: files [n] and hashes uint8 [n, 32]."""
+def distinct_images(
+    sources: Iterable[tuple[Images, Iterable[str]] | tuple[Images, Iterable[str], Callable[[bytes], bool]]],
+    *,
+    threads: int = 1,
+    missing: list[PipelineError] | None = None,
+) -> tuple[list[ImageFile], np.ndarray]:
+    """Distinct images by content, in order of first appearance: files [n] and hashes uint8 [n, 32].
+
+    Args:
+        sources: where the images are, their names and, where not all of them count, whether the one of a hash does.
+        missing: takes up what is wrong with images that cannot be read; None = the first one is raised.
+    """
     files: list[ImageFile] = []
     hashes: list[bytes] = []
     seen: set[bytes] = set()
 
-    def named() -> Iterator[ImageFile]:
-        for root, names in sources:
+    def named() -> Iterator[tuple[ImageFile, Callable[[bytes], bool]]]:
+        for root, names, *wanted in sources:
             asked: set[str] = set()
             for name in names:
                 if name not in asked:
                     asked.add(name)
-                    yield ImageFile(root, name)
+                    yield ImageFile(root, name), wanted[0] if wanted else bool
 
-    read = run_ahead(named(), lambda file: digest(file.root.read(file.name)), depth=4 * threads, threads=threads)
-    for file, key in tqdm(read, desc="extract: reading images", unit="image", mininterval=0.5, leave=False):
-        if key not in seen:
+    def read(job: tuple[ImageFile, Callable[[bytes], bool]]) -> bytes | PipelineError:
+        try:
+            return digest(job[0].root.read(job[0].name))
+        except ImageError as error:
+            return ImageError(error.what, where=error.where, remedy=error.remedy)
+
+    done = run_ahead(named(), read, depth=4 * threads, threads=threads)
+    for (file, is_wanted), key in tqdm(done, desc="extract: reading images", unit="image", mininterval=0.5, leave=False):
+        if isinstance(key, PipelineError):
+            if missing is None:
+                raise key
+            missing.append(key)
+        elif key not in seen and is_wanted(key):
             seen.add(key)
             files.append(file)
             hashes.append(key)

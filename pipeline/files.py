@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,11 +12,13 @@ from typing import Any
 
 from pipeline.errors import RESOURCE, PipelineError
 
+DAY = 86400  # seconds
+
 
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its place, synced, when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -50,7 +54,7 @@ def write_json(path: Path, content: Any) -> None:
 @contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
     """As `publish` for a folder: whatever stood at `path` is replaced by the finished new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -86,18 +90,36 @@ def link_or_copy(source: Path, target: Path) -> bool:
         return False
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}@{_machine()}.tmp")
+
+
+def _machine() -> str:
+    return socket.gethostname().replace(".", "-")
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of processes that were killed; those of living ones stay."""
+    """Delete temporary files of processes that were killed; those of living ones stay.
+
+    Another machine's processes cannot be asked: what they write, where a folder is shared, stays until it is a day old.
+    """
     for path in folder.glob(".*.tmp"):
-        process = path.name.split(".")[-2]
-        if not process.isdigit():
+        process, _, machine = path.name.split(".")[-2].partition("@")
+        if not process.isdigit() or (machine == _machine() and _is_alive(int(process))):
             continue
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            path.unlink(missing_ok=True)
-        except PermissionError:  # alive, another user's
-            continue
+        with suppress(FileNotFoundError):
+            if machine == _machine() or time.time() - path.stat().st_mtime > DAY:
+                path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def main_checkout(folder: Path | None = None) -> Path:

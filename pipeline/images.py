@@ -38,6 +38,10 @@ class Images(Protocol):
         """What messages call it."""
         ...
 
+    def place(self, name: str) -> str:
+        """What messages call one image."""
+        ...
+
     def read(self, name: str) -> bytes:
         """The bytes of one image file; raises `ImageError` naming it."""
         ...
@@ -65,6 +69,10 @@ class ImageRoot:
 
     def __setstate__(self, state: dict[str, Path]) -> None:
         self.__init__(state["path"])  # type: ignore[misc]
+
+    def place(self, name: str) -> str:
+        """What messages call one image."""
+        return f"{self.path}: {name!r}"
 
     def read(self, name: str) -> bytes:
         """The bytes of one image file; raises `ImageError` naming it."""

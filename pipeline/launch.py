@@ -57,6 +57,19 @@ def launch(module: str, processes: int) -> NoReturn:
     sys.exit(0)
 
 
+def require_devices(processes: int, device: str) -> None:
+    """Raises `PipelineError` where processes would have to share a GPU, or `device` is one of them that all would take."""
+    import torch
+
+    if device.startswith("cuda:"):
+        raise PipelineError(f"runtime.device is {device} for {processes} processes", remedy="set runtime.device: cuda")
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        found = torch.cuda.device_count()
+        if processes > found:
+            remedy = f"set runtime.processes: {max(1, found)}" if found else "set runtime.device: auto"
+            raise PipelineError(f"runtime.processes is {processes}, GPUs are {found}: each process needs its own", remedy=remedy)
+
+
 def die_with_parent() -> None:
     """Have this process asked to end when its parent is killed with -9; it would go on writing otherwise. Linux only."""
     if sys.platform.startswith("linux"):

@@ -17,6 +17,7 @@ from pipeline.attention import NAME
 from pipeline.batches import Batch
 from pipeline.dividing import whole
 from pipeline.errors import ARTEFACT, PipelineError, brief
+from pipeline.packing import block_mask
 from pipeline.sharing import branch_mask
 from pipeline.vocabulary import chunked_cross_entropy, too_large
 
@@ -83,7 +84,11 @@ class VisionLanguageModel(nn.Module):
         """
         extra: dict[str, Any] = {"output_router_logits": True, "attention_mask": batch.real.long()} if self.router_trains else {}
         if batch.branch is not None:
-            extra = {"attention_mask": self._mask(batch.branch), "position_ids": batch.position}
+            if self.router_trains:
+                raise ValueError("a router's loss counts tokens, which are not its own in rows that share or are packed")
+            document, branch = batch.document, batch.branch
+            mask: Any = self._mask(branch) if document is None else block_mask(document, branch)
+            extra = {"attention_mask": mask, "position_ids": batch.position}
         extra |= {"inputs_embeds": self.embed(batch.ids, features, batch.slot_row, batch.slot_start), "use_cache": False}
         if not self.router_trains and too_large(len(batch.labels), self.language_model.config):
             states = self.language_model.get_decoder()(**extra).last_hidden_state[batch.keep]  # [supervised, D]
@@ -145,6 +150,13 @@ def load_language_model(model: str, *, revision: str = "", dtype: torch.dtype = 
                 f"{model}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}", where="llm.model", code=ARTEFACT
             )
     return language_model
+
+
+def hold_frozen_in(model: VisionLanguageModel, dtype: torch.dtype) -> None:
+    """Give the language model's parameters that do not train another number format; its buffers and the others keep theirs."""
+    for parameter in model.language_model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def freeze(model: VisionLanguageModel, train: str) -> dict[str, int]:

@@ -8,10 +8,10 @@ Run as `python -m pipeline.params [key=value ...]` to check the file with some k
 import difflib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -30,21 +30,64 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _below(path: str) -> str:
+    """A path that DVC watches because it watches the folder above."""
+    if not path or path.startswith(("/", "~")) or ".." in PurePosixPath(path).parts:
+        raise ValueError("expected a path below the data set's own, without ..")
+    return path
+
+
+def _weighted(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"weight": value}
+    if not isinstance(value, dict | Part):
+        raise ValueError("expected a weight, or a section with one")
+    return value
+
+
+Below = Annotated[str, AfterValidator(_below)]
+Format = Literal["auto", "jsonl", "json", "csv", "parquet", "arrow", "webdataset", "folder", "hub"]
+Columns = dict[Literal["turns", "images", "text"], str]
+Unplaced = Literal["refuse", "first"]
+
+
+class Part(Section):
+    """Some files of a data set, how often each of their rows is taken, and what differs from the data set's other files."""
+
+    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    images: Below | None = None
+    format: Format | None = None
+    columns: Columns | None = None
+    prompt: str | None = None
+    unplaced: Unplaced | None = None
+
+
 class Dataset(Section):
-    """`records` and `images` must be given; the rest is for data that do not speak for themselves (docs/your-data.md)."""
+    """`records` and `images` must be given; the rest is for data that do not speak for themselves (docs/your-data.md).
+
+    `mix` says which files below the folder `records` are read, by pattern; without it `records` is read itself.
+    """
 
     records: Annotated[str, Field(min_length=1)]
     images: Annotated[str, Field(min_length=1)]
-    format: Literal["auto", "jsonl", "json", "csv", "parquet", "arrow", "webdataset", "folder", "hub"] = "auto"
-    columns: dict[Literal["turns", "images", "text"], str] = Field(default_factory=dict)
+    mix: Annotated[dict[Below, Annotated[Part, BeforeValidator(_weighted)]], Field(min_length=1)] | None = None
+    format: Format = "auto"
+    columns: Columns = Field(default_factory=dict)
     prompt: str = "<image>"
-    unplaced: Literal["refuse", "first"] = "refuse"
+    unplaced: Unplaced = "refuse"
+    seed: Count = 0
+
+
+class HeldOut(Dataset):
+    """`share` 0: all its rows are held out. Else those whose pictures fall in a seeded share, and nobody trains on those."""
+
+    share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class Data(Section):
     pretrain: Dataset
     sft: Dataset
-    heldout: Dataset
+    heldout: HeldOut
     limit: Count
     on_error: Literal["stop", "skip"]
     max_bad_share: Share
@@ -88,17 +131,24 @@ class Training(Section):
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     precision: Precision
     seed: Count
+    keep: Literal["last", "best"]
+
+
+class Tuning(Training):
+    start: Annotated[str, Field(min_length=1)]
 
 
 class Evaluate(Section):
     limit: Count
     max_new_tokens: Positive
+    every: Count
 
 
 class Runtime(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
     processes: Positive
     divided: bool
+    compile: bool
     workers: Count
     tokenize_workers: Positive
     extract_batch: Positive
@@ -119,7 +169,7 @@ class Params(Section):
     tokenize: Tokenize
     projector: Projector
     pretrain: Training
-    sft: Training
+    sft: Tuning
     evaluate: Evaluate
     runtime: Runtime
 
@@ -179,6 +229,10 @@ def check(content: dict[str, Any], *, where: str) -> Params:
         raise _explain(error, where) from None
     if params.vision.precision == "float16" and params.runtime.device == "cpu":
         raise PipelineError("vision.precision float16 needs a GPU", where=where, remedy="use auto")
+    for name, stage in (("pretrain", params.pretrain), ("sft", params.sft)):
+        if stage.keep == "best" and not params.evaluate.every:
+            remedy = "set evaluate.every: the steps between two held-out losses"
+            raise PipelineError(f"{name}.keep is best, but held-out loss is measured at the end only", where=where, remedy=remedy)
     return params
 
 
@@ -186,13 +240,13 @@ def _explain(error: ValidationError, where: str) -> PipelineError:
     """The first problem in one line; an unknown key comes first, since a misspelling also leaves one missing."""
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     problem = problems[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part) for part in problem["loc"]).removesuffix(".[key]")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
         return PipelineError(f"unknown key {key}{more}", where=where, remedy=_nearest(key))
     if problem["type"] == "missing":
         return PipelineError(f"key {key} is missing{more}", where=where, remedy="every key must be given")
-    message = problem["msg"].replace("Input should be", "expected")
+    message = problem["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
     return PipelineError(f"{key}: {message}, got {problem['input']!r}{more}", where=where)
 
 

@@ -3,7 +3,7 @@
 Lies outside DVC's outputs, which DVC deletes before a run, under the main checkout's .dvc/tmp/resume, so an experiment in
 a temporary workspace finds it too. Its key is everything the result depends on: a state of other parameters, data or
 weights is never picked up. Order, learning rate and random numbers are functions of the step, so weights, optimiser
-moments and the history are all there is to keep.
+moments and what was measured are all there is to keep.
 """
 
 import json
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.dividing import part_like, whole
+from pipeline.errors import ARTEFACT, PipelineError, brief
 from pipeline.files import publish_folder
 from pipeline.vision import fingerprint
 
@@ -41,10 +42,13 @@ class Resume:
         history: list[dict[str, float]],
         scaler: Any,
         *,
+        heldout: list[dict[str, float]] | None = None,
+        best: int | None = None,
         write: bool = True,
     ) -> None:
         """Write the state after `len(history)` steps whole or not at all; earlier ones of this run are then removed.
 
+        `heldout`: held-out losses so far, kept with it. `best`: steps of an earlier state that stays, or of this one.
         Of several processes all take part, since each may hold a part of every tensor, and one writes.
         """
         held = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -57,21 +61,27 @@ class Resume:
                 tensors[name] = found.cpu().contiguous().clone()
         if not write:
             return
-        target = self.folder / f"{len(history):08d}"
+        target = self._state(len(history))
+        kept = {target.name} | ({self._state(best).name} if best is not None else set())
         with publish_folder(target) as temporary:
             save_file(tensors, temporary / "state.safetensors")
-            notes = {"history": history, "scaler": scaler.state_dict() if scaler is not None else None}
+            notes = {"history": history, "heldout": heldout or [], "scaler": scaler.state_dict() if scaler is not None else None}
             (temporary / "state.json").write_text(json.dumps(notes), encoding="utf-8")
             (temporary / DEPENDS).write_text(json.dumps(self._depends), encoding="utf-8")
         for path in self.folder.iterdir():
-            if path.name != target.name:
+            if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
         runs = sorted(self._parent.glob(f"{self._stage}-*"), key=lambda path: path.stat().st_mtime)
         for path in runs[:-KEPT]:
             shutil.rmtree(path, ignore_errors=True)
 
-    def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: Any) -> list[dict[str, float]]:
-        """Put the newest readable state into model and optimiser; returns its history, empty when there is none."""
+    def _state(self, steps: int) -> Path:
+        return self.folder / f"{steps:08d}"
+
+    def load(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: Any
+    ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+        """Put the newest readable state into model and optimiser; returns history and held-out losses, empty when there is none."""
         for folder in sorted((path for path in self.folder.glob("[0-9]*") if path.is_dir()), reverse=True):
             try:
                 tensors = load_file(folder / "state.safetensors")
@@ -79,10 +89,7 @@ class Resume:
             except (OSError, ValueError, SafetensorError):
                 print(f"resume: {folder} is not readable and is passed over", flush=True)
                 continue
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if parameter.requires_grad:
-                        parameter.copy_(part_like(tensors[f"model.{name}"], parameter))
+            _put(model, tensors)
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             states: dict[int, dict[str, torch.Tensor]] = {}
             for name, tensor in tensors.items():
@@ -92,9 +99,20 @@ class Resume:
             optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
             if scaler is not None and notes["scaler"]:
                 scaler.load_state_dict(notes["scaler"])
-            return list(notes["history"])
+            return list(notes["history"]), list(notes.get("heldout", []))
         self._name_differences()
-        return []
+        return [], []
+
+    def take(self, model: torch.nn.Module, steps: int) -> None:
+        """The weights of the state after so many steps; raises `PipelineError` where it cannot be read."""
+        path = self._state(steps) / "state.safetensors"
+        try:
+            _put(model, load_file(path))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            remedy = f"remove {self.folder} and run again"
+            raise PipelineError(
+                f"the best state cannot be read: {brief(error)}", where=str(path), remedy=remedy, code=ARTEFACT
+            ) from None
 
     def _name_differences(self) -> None:
         """Say why the state of an unfinished run that is there is not taken up."""
@@ -112,6 +130,13 @@ class Resume:
     def clear(self) -> None:
         """The run is finished: its states are of no more use."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _put(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(part_like(tensors[f"model.{name}"], parameter))
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

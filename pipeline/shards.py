@@ -2,9 +2,9 @@
 
     /features      float16 [n, P, Dv]   contiguous, uncompressed: a row is one read at a known offset
                    or uint8 [n, bytes]  int8 codes with their scales (pipeline.rows), with /channel_mean, /channel_spread
-    /image_sha256  uint8   [n, 32]      whose row it is
+    /image_sha256  uint8   [n, 32]      whose row it is; zeros: nobody's, a hole where an image could not be decoded
     /row_xxh3      uint64  [n]          checksum of each row's bytes
-    attributes     format, fingerprint, spec (JSON), library versions
+    attributes     format, fingerprint, spec (JSON), library versions, relative_error (of rows, against float32)
     last 40 bytes  a seal behind HDF5's end of file: where the rows lie, and a checksum of every byte that is no row
 
 Any HDF5 tool opens it. Equal content gives equal bytes: no times, no names of machines, attributes in a fixed order.
@@ -45,7 +45,7 @@ def row_bytes(rows: Rows) -> int:
     return int(np.prod(rows.shape)) * rows.dtype.itemsize
 
 
-def _header(path: Path, hashes: np.ndarray, spec: dict[str, Any], rows: Rows) -> dict[str, int]:
+def _header(path: Path, hashes: np.ndarray, spec: dict[str, Any], rows: Rows, notes: dict[str, float]) -> dict[str, int]:
     """Create the file with room for every row; returns the byte offset of each dataset.
 
     Rows are then written past HDF5: a full disk inside h5py ends the process with a segmentation fault.
@@ -62,6 +62,7 @@ def _header(path: Path, hashes: np.ndarray, spec: dict[str, Any], rows: Rows) ->
         "h5py": h5py.version.version,
         "hdf5": h5py.version.hdf5_version,
         "spec": json.dumps(spec, sort_keys=True),
+        **notes,
     }
     datasets = [
         ("features", (count, *rows.shape), rows.dtype),
@@ -78,15 +79,24 @@ def _header(path: Path, hashes: np.ndarray, spec: dict[str, Any], rows: Rows) ->
     return offsets
 
 
-def write_shard(path: Path, hashes: np.ndarray, spec: dict[str, Any], rows: Rows, batches: Iterable[np.ndarray]) -> None:
+def write_shard(
+    path: Path,
+    hashes: np.ndarray,
+    spec: dict[str, Any],
+    rows: Rows,
+    batches: Iterable[np.ndarray],
+    *,
+    notes: dict[str, float] | None = None,
+) -> None:
     """Write batches [k, *rows.shape] that follow each other to n rows; the file appears when all are in.
 
+    `notes` are numbers that a person may want to read in the file's attributes.
     Holds one batch in memory. Raises `PipelineError` when the disk is full (before the first row) or rows are missing.
     """
     size = row_bytes(rows)
     with publish(path) as temporary:
         try:
-            offsets = _header(temporary, hashes, spec, rows)
+            offsets = _header(temporary, hashes, spec, rows, notes or {})
         except (OSError, RuntimeError) as error:  # which of them, depends on where in HDF5 the disk is full
             reason = re.search("error message = '([^']+)'", str(error))
             raise OSError(reason[1] if reason else brief(error)) from None
@@ -151,7 +161,8 @@ def _write_all(handle: int, view: memoryview, offset: int) -> None:
 
 
 class Shard:
-    """A finished shard, open for reading: `hashes` [n, 32], `spec`, `rows` (their form), `stored` [n, *rows.shape] (mapped).
+    """A finished shard, open for reading: `hashes` [n, 32], `spec`, `rows` (their form), `stored` [n, *rows.shape] (mapped),
+    `offset` (bytes) where they begin in the file.
 
     `check` is to be asked for every row that is read. Raises `PipelineError` naming the file.
     """
@@ -166,16 +177,17 @@ class Shard:
                     raise ValueError("its rows are elsewhere")
                 self.spec: dict[str, Any] = json.loads(file.attrs["spec"])
                 self.fingerprint = str(file.attrs["fingerprint"])
+                self.relative_error: float | None = file.attrs.get("relative_error")
                 self.hashes = file["image_sha256"][:]
                 self._sums = file["row_xxh3"][:]
                 constants = {name: file[name][:] for name in file if name.startswith("channel_")}
-                self._offset, shape, dtype = features.id.get_offset(), features.shape, features.dtype
+                self.offset, shape, dtype = features.id.get_offset(), features.shape, features.dtype
             self.rows = rows_of(self.spec, constants)
             if dtype != self.rows.dtype or shape[1:] != self.rows.shape:
                 raise ValueError(f"its rows are {dtype} {shape[1:]}, not what its spec says")
             with path.open("rb") as handle:
                 self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            self.stored = np.frombuffer(self._map, dtype, int(np.prod(shape)), self._offset).reshape(shape)
+            self.stored = np.frombuffer(self._map, dtype, int(np.prod(shape)), self.offset).reshape(shape)
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise self._damaged(f"not a readable shard: {brief(error)}") from None
         if self.fingerprint != fingerprint(self.spec) or len(self.hashes) != len(self._sums) or len(self._sums) != shape[0]:
@@ -192,7 +204,7 @@ class Shard:
 
     def announce(self, row: int, count: int = 1) -> None:
         """Ask the kernel to read rows from disk now; returns at once."""
-        start = self._offset + row * self._bytes
+        start = self.offset + row * self._bytes
         aligned = start - start % PAGE
         self._map.madvise(mmap.MADV_WILLNEED, aligned, start + count * self._bytes - aligned)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import xxhash
+from transformers import PretrainedConfig
 
 from pipeline.tokens import TokenTable
 
@@ -96,3 +97,8 @@ def branch_mask(branch: torch.Tensor) -> torch.Tensor:
     order = torch.arange(branch.shape[1], device=branch.device)
     query, key = branch[:, :, None], branch[:, None, :]
     return ((order[:, None] >= order[None]) & ((query == key) | (key == 0)))[:, None]
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """Tokens that a language model's attention looks back, or None where it sees all: only then masks are ours to make."""
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None

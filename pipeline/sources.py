@@ -3,9 +3,11 @@
 Both return float16 rows, and the live encoder's are rounded as the stored ones are, so the two agree bit for bit.
 """
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from pipeline.images import Images, digest
 from pipeline.tokens import TokenTable
 from pipeline.vision import Encoder
 
+T = TypeVar("T")
 CPU = torch.device("cpu")
 
 
@@ -49,6 +52,10 @@ class FeatureSource(Protocol):
         """Patch features float16 [S, P, Dv] of the slots that were loaded, in their order."""
         ...
 
+    def stream(self, items: Iterable[tuple[T, Any]]) -> Iterator[tuple[T, torch.Tensor]]:
+        """(anything, loaded) -> (the same, features), in order; may look ahead."""
+        ...
+
 
 class StoredFeatures:
     """Features read from the store that `stages.extract` wrote, into memory that is used again and again."""
@@ -71,6 +78,9 @@ class StoredFeatures:
 
     def features(self, loaded: torch.Tensor) -> torch.Tensor:
         return self._store.rows.decode(self._on_device(loaded))
+
+    def stream(self, items: Iterable[tuple[T, torch.Tensor]]) -> Iterator[tuple[T, torch.Tensor]]:
+        return ((item, self.features(loaded)) for item, loaded in items)
 
     def _on_device(self, stored: torch.Tensor) -> torch.Tensor:
         """Copy while the device computes; the buffer is held until its copy is done, or it would be overwritten under it."""
@@ -111,20 +121,55 @@ class LiveFeatures:
         return LoadedImages(keys, known, new, names, torch.from_numpy(np.stack(pixels)) if pixels else None)
 
     def features(self, loaded: LoadedImages) -> torch.Tensor:
+        return next(self.stream([(None, loaded)]))[1]
+
+    def stream(self, items: Iterable[tuple[T, LoadedImages]]) -> Iterator[tuple[T, torch.Tensor]]:
+        """Looks ahead until the encoder's batch is full: it computes a whole one however few pictures a step has."""
+        waiting: deque[tuple[T, LoadedImages]] = deque()
+        wanted: Counter[bytes] = Counter()  # of a picture, how many slots wait
+        todo: dict[bytes, tuple[torch.Tensor, str]] = {}
+        rows: dict[bytes, torch.Tensor] = {}
+        for item, loaded in items:
+            waiting.append((item, loaded))
+            wanted.update(loaded.keys)
+            rows |= loaded.known | {key: self._kept[key] for key in loaded.new if key in self._kept}
+            fresh = zip(loaded.new, loaded.pixels if loaded.pixels is not None else (), loaded.names, strict=True)
+            todo |= {key: (pixels, name) for key, pixels, name in fresh if key not in rows}
+            while len(todo) >= self._encoder.batch:
+                self._encode(todo, rows)
+            while waiting and all(key in rows for key in waiting[0][1].keys):
+                yield self._finished(*waiting.popleft(), rows, wanted)
+        if todo:
+            self._encode(todo, rows)
+        for item, loaded in waiting:
+            yield self._finished(item, loaded, rows, wanted)
+
+    def _encode(self, todo: dict[bytes, tuple[torch.Tensor, str]], rows: dict[bytes, torch.Tensor]) -> None:
+        """Move the encoder's batch of pictures from `todo` to `rows`."""
+        keys = list(islice(todo, self._encoder.batch))
+        pixels, names = zip(*(todo.pop(key) for key in keys), strict=True)
+        found = self._encoder.encode(torch.stack(pixels), names)
+        rows |= zip(keys, (row.clone() for row in found), strict=True)  # a view would hold its whole batch
+
+    def _finished(
+        self, item: T, loaded: LoadedImages, rows: dict[bytes, torch.Tensor], wanted: Counter[bytes]
+    ) -> tuple[T, torch.Tensor]:
         if not loaded.keys:
-            return torch.empty(0, self.tokens, self.width, dtype=torch.float16)
-        rows = dict(loaded.known)
-        if loaded.pixels is not None:
-            rows |= zip(loaded.new, self._encoder.encode(loaded.pixels, loaded.names), strict=True)
-        for key in rows if self._room else ():
-            self._kept[key] = rows[key].clone() if key in loaded.new else rows[key]  # a view would hold its whole batch
-            self._kept.move_to_end(key)
+            return item, torch.empty(0, self.tokens, self.width, dtype=torch.float16)
+        features = torch.stack([rows[key] for key in loaded.keys])
+        wanted.subtract(loaded.keys)
+        for key in dict.fromkeys(loaded.keys):
+            if self._room:
+                self._kept[key] = rows[key]
+                self._kept.move_to_end(key)
+            if not wanted[key]:
+                del wanted[key], rows[key]
         while len(self._kept) > self._room:
             self._kept.popitem(last=False)
-        return torch.stack([rows[key] for key in loaded.keys])
+        return item, features
 
     def _pixels(self, name: str, key: bytes) -> np.ndarray:
-        where = f"{self._root.path}: {name}"
+        where = self._root.place(name)
         data = self._root.read(name)
         if digest(data) != key:
             raise PipelineError("its bytes are not those that were tokenised", where=where, remedy="dvc repro", code=ARTEFACT)
@@ -145,3 +190,6 @@ class NoFeatures:
 
     def features(self, loaded: torch.Tensor) -> torch.Tensor:
         return loaded
+
+    def stream(self, items: Iterable[tuple[T, torch.Tensor]]) -> Iterator[tuple[T, torch.Tensor]]:
+        return iter(items)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError, exit_on_error
-from pipeline.launch import launch
+from pipeline.launch import launch, require_devices
 from pipeline.params import StageParams, load_for_stage, read_yaml
 
 PARALLEL = ("extract", "pretrain", "sft")
@@ -25,14 +25,16 @@ def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
         params = load_for_stage(name)
         _require_listed_models(name, params)
         if params.runtime.processes > 1 and "RANK" not in os.environ and name in PARALLEL:
+            require_devices(params.runtime.processes, params.runtime.device)
             launch(f"stages.{name}", params.runtime.processes)
+        from pipeline.files import write_json
+        from pipeline.hardware import keep_freed_memory, peak_memory_gb, pick_device
+
+        keep_freed_memory()
         began = time.perf_counter()
         figures = work(params)
         if int(os.environ.get("RANK", "0")):
             return
-        from pipeline.files import write_json
-        from pipeline.hardware import peak_memory_gb, pick_device
-
         figures["seconds"] = round(time.perf_counter() - began, 1)
         figures["peak_memory_gb"] = round(peak_memory_gb(pick_device(params.runtime.device)), 3)
         write_json(Path("metrics") / f"{name}.json", figures)

@@ -8,7 +8,6 @@ assistant's words and its end-of-turn token) and where images stand is known by 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,28 +17,14 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import ARTEFACT, BAD_ROWS, PipelineError, brief
-from pipeline.records import ImageSlot, Turn
+from pipeline.prompts import ID, Encoded, Layout, Pattern, Prompt, Prompts, flatten, lay_out
+from pipeline.records import Turn
 
 TEXT = 1  # part of every token table's fingerprint: raise it when this file gives other ids
 
 
 # answers are short, so a think block stays empty; some templates (MiniMind2) then write one in the prompt alone
 THINKING: tuple[dict[str, Any], ...] = ({"enable_thinking": False}, {})
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One conversation as token ids.
-
-    Attributes:
-        ids: int32 [T].
-        spans: supervised (start, end) pairs, one for each of the assistant's turns, end exclusive.
-        images: start of each image's run of P placeholder ids, in the order of the record's images.
-    """
-
-    ids: np.ndarray
-    spans: tuple[tuple[int, int], ...]
-    images: tuple[int, ...]
 
 
 class PromptBuilder:
@@ -63,14 +48,17 @@ class PromptBuilder:
             )
         self.image_token, self.image_id = image_token, vocabulary[image_token]
         self.control = _control_tokens(self.tokenizer, image_token)
-        self._control_ids = np.array(sorted(self.control.values()), dtype=np.int64)
+        self._is_control = np.zeros(max(vocabulary.values()) + 1, bool)
+        self._is_control[list(self.control.values())] = True
         self._content = _content_tokenizer(self.tokenizer, set(self.control))
-        self.pieces = lru_cache(maxsize=4096)(self._pieces)
+        self._image = self._bytes((self.image_id,) * tokens)
+        self._pattern = lru_cache(maxsize=4096)(self._make_pattern)
         self.options = next((options for options in THINKING if self._generates_as_trained(options)), THINKING[0])
-        self.end_id = self.pieces(("user", "assistant"))[-1][self._end_of_turn(self.pieces(("user", "assistant"))[-1]) - 1]
+        closing = self._pieces(("user", "assistant"), generate=False)[-1]
+        self.end_id = closing[self._end_of_turn(closing) - 1]
         self._check()
 
-    def _pieces(self, roles: tuple[str, ...], generate: bool = False) -> tuple[tuple[int, ...], ...]:
+    def _pieces(self, roles: tuple[str, ...], generate: bool) -> list[list[int]]:
         """Template ids before, between and after the contents of turns with these roles: len(roles) + 1 pieces."""
         marks = [f"[slot{i:05d}]" for i in range(len(roles))]
         text = self._render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)], generate)
@@ -82,7 +70,21 @@ class PromptBuilder:
                     f"its chat template drops or reorders turns ({', '.join(roles)})", where=self.model, code=ARTEFACT
                 )
             pieces.append(before)
-        return tuple(tuple(self.tokenizer.encode(piece, add_special_tokens=False)) for piece in [*pieces, text])
+        return [self.tokenizer.encode(piece, add_special_tokens=False) for piece in [*pieces, text]]
+
+    def _make_pattern(self, roles: tuple[str, ...], *, trim: bool, generate: bool) -> Pattern:
+        first, *others = self._pieces(roles, generate)
+        closing = [
+            self._end_of_turn(ids) if role == "assistant" and not generate else 0 for role, ids in zip(roles, others, strict=True)
+        ]
+        if trim and any(closing):  # what follows the last supervised token teaches nothing
+            last = max(number for number, count in enumerate(closing) if count)
+            others[last:] = [others[last][: closing[last]]]
+        return Pattern(self._bytes(first), tuple(zip(map(self._bytes, others), closing, strict=False)))
+
+    @staticmethod
+    def _bytes(ids: Sequence[int]) -> bytes:
+        return np.array(ids, ID).tobytes()
 
     def _generates_as_trained(self, options: dict[str, Any]) -> bool:
         """Whether the template's generation prompt is what stands before an answer in training."""
@@ -121,60 +123,39 @@ class PromptBuilder:
         if prompt.ids.tolist() != trained.ids[: trained.spans[-1][0]].tolist():
             raise PipelineError("its generation prompt differs from what training would show", where=self.model, code=ARTEFACT)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Contents -> ids in one parallel call; control tokens spelled in a text come out as plain text."""
-        encoded = [part.ids for part in self._content.encode_batch(list(texts), add_special_tokens=False)]
-        flat = np.fromiter((token for ids in encoded for token in ids), dtype=np.int64)
-        if np.isin(flat, self._control_ids).any():
-            bad = next(text for text, ids in zip(texts, encoded, strict=True) if np.isin(ids, self._control_ids).any())
+    def encode(self, texts: list[str]) -> Encoded:
+        """Contents -> ids, while other threads go on; control tokens in a text come out as plain text.
+
+        Raises `PipelineError` for a text that has no other spelling than a control token.
+        """
+        encoded = flatten([part.ids for part in self._content.encode_batch_fast(texts, add_special_tokens=False)])
+        wrong = np.flatnonzero(self._is_control[encoded.ids])
+        if len(wrong):
+            bad = texts[int(np.searchsorted(encoded.bounds, wrong[0], side="right")) - 1]
             raise PipelineError(
                 f"the text {brief(ValueError(bad), limit=60)!r} yields a control token", where=self.model, code=BAD_ROWS
             )
         return encoded
 
-    def build_batch(self, conversations: Sequence[Sequence[Turn]]) -> list[Prompt]:
-        """Prompts for training; the tokenizer sees all texts of the batch at once."""
-        texts = [part for turns in conversations for turn in turns for part in turn.parts if isinstance(part, str)]
-        encoded = iter(self.encode(texts))
-        return [
-            self._assemble(turns, [[next(encoded) if isinstance(p, str) else p for p in t.parts] for t in turns])
-            for turns in conversations
-        ]
+    def build_batch(self, conversations: Sequence[Sequence[Turn]], *, trim: bool = True) -> Prompts:
+        """Prompts for training; the tokenizer sees all texts of the batch at once.
+
+        Each ends with the assistant's last end-of-turn token (`trim`), or with the template's tail.
+        """
+        return self._build(lay_out(conversations, lambda roles: self._pattern(roles, trim=trim, generate=False), self._image))
 
     def build(self, turns: Sequence[Turn], *, trim: bool = True) -> Prompt:
-        """One prompt that ends with the assistant's last end-of-turn token (`trim`), or with the template's tail."""
-        encoded = iter(self.encode([part for turn in turns for part in turn.parts if isinstance(part, str)]))
-        return self._assemble(turns, [[next(encoded) if isinstance(p, str) else p for p in t.parts] for t in turns], trim=trim)
+        """One prompt, as `build_batch` makes it."""
+        return self.build_batch([turns], trim=trim)[0]
 
     def build_question(self, turns: Sequence[Turn]) -> Prompt:
         """A prompt that ends where the assistant's answer begins; nothing in it is supervised."""
-        encoded = iter(self.encode([part for turn in turns for part in turn.parts if isinstance(part, str)]))
-        parts = [[next(encoded) if isinstance(p, str) else p for p in t.parts] for t in turns]
-        return self._assemble(turns, parts, generate=True)
+        return self._build(lay_out([turns], lambda roles: self._pattern(roles, trim=False, generate=True), self._image))[0]
 
-    def _assemble(
-        self, turns: Sequence[Turn], parts: list[list[list[int] | ImageSlot]], *, trim: bool = True, generate: bool = False
-    ) -> Prompt:
-        pieces = self.pieces(tuple(turn.role for turn in turns), generate)
-        ids: list[int] = list(pieces[0])
-        spans: list[tuple[int, int]] = []
-        images: dict[int, int] = {}
-        for turn, content, after in zip(turns, parts, pieces[1:], strict=True):
-            start = len(ids)
-            for part in content:
-                if isinstance(part, ImageSlot):
-                    images[part.index] = len(ids)
-                    ids.extend([self.image_id] * self.tokens)
-                else:
-                    ids.extend(part)
-            if turn.role == "assistant" and not generate:
-                spans.append((start, len(ids) + self._end_of_turn(after)))
-            ids.extend(after)
-        if trim and spans:
-            del ids[spans[-1][1] :]  # what follows the last supervised token teaches nothing
-        return Prompt(np.array(ids, dtype=np.int32), tuple(spans), tuple(images[i] for i in range(len(images))))
+    def _build(self, layout: Layout) -> Prompts:
+        return layout.join(self.encode(layout.texts))
 
-    def _end_of_turn(self, after: tuple[int, ...]) -> int:
+    def _end_of_turn(self, after: Sequence[int]) -> int:
         """How many ids of the piece after an answer belong to it: up to and including its first control token."""
         for count, token in enumerate(after, start=1):
             if token in self.control.values():

@@ -82,7 +82,7 @@ class TokenTable:
         self._first_row = np.cumsum([0, *(len(batch) for batch in self._batches)])
         self._columns = [[_lists(batch.column(name)) for name in ("ids", "spans", "image_start")] for batch in self._batches]
         counts = [np.diff(columns[2][0]) for columns in self._columns]
-        self._first_slot = np.cumsum([0, *np.concatenate(counts)]) if counts else np.zeros(1, np.int64)
+        self._first_slot = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
         self.slots = int(self._first_slot[-1])
         self.lengths = self._concatenate([np.diff(columns[0][0]) for columns in self._columns]).astype(np.int32)
         self.supervised = self._count_supervised()
@@ -123,10 +123,12 @@ class TokenTable:
     def image_hashes(self) -> np.ndarray:
         """uint8 [slots, 32]: which image stands in each slot."""
         parts = [batch.column("image_sha256").flatten() for batch in self._batches]
-        data = b"".join(
-            part.buffers()[1][part.offset * 32 : (part.offset + len(part)) * 32].to_pybytes() for part in parts if len(part)
-        )
-        return np.frombuffer(data, np.uint8).reshape(-1, 32)
+        found = [
+            np.frombuffer(part.buffers()[1], np.uint8)[part.offset * 32 : (part.offset + len(part)) * 32]
+            for part in parts
+            if len(part)
+        ]
+        return np.concatenate([np.empty(0, np.uint8), *found]).reshape(-1, 32)
 
     def image_names(self) -> pa.ChunkedArray:
         """string [slots]: the image file's name in each slot."""

@@ -16,33 +16,32 @@ from accelerate.utils import set_seed
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Manifest
-from pipeline.datasets import open_dataset
 from pipeline.dividing import gather
-from pipeline.errors import ARTEFACT, PipelineError
 from pipeline.evaluate import answer_accuracy, heldout_loss
-from pipeline.features import FeatureStore
 from pipeline.files import main_checkout, publish
-from pipeline.hardware import pick_attention, pick_device, pick_precision, use_fast_float32
+from pipeline.hardware import pick_device, pick_precision, use_fast_float32
+from pipeline.heldout import Heldout
+from pipeline.keeper import Keeper
 from pipeline.model import (
     VisionLanguageModel,
-    build_projector,
     freeze,
     frozen_digest,
-    hidden_size,
-    load_language_model,
+    hold_frozen_in,
     weights_digest,
 )
+from pipeline.packing import NAME as PACKED
 from pipeline.params import Dataset, StageParams, Training
+from pipeline.parts import check_start, choose_attention, choose_sharing, make_builder, make_encoder, make_model, open_sources
 from pipeline.resume import Resume
-from pipeline.sharing import LONGEST, Sharing, find_sharing
-from pipeline.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
+from pipeline.sharing import LONGEST
+from pipeline.sources import FeatureSource, NoFeatures
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
-from pipeline.training import MIXED, Keeper, Schedule, train
+from pipeline.training import MIXED, Schedule, train
 from pipeline.vision import Encoder
 from pipeline.watch import watching
 
-TOKENS, FEATURES = Path("data/tokens"), Path("data/features")
+TOKENS = Path("data/tokens")
 
 
 def train_stage(params: StageParams, training: Training, *, dataset: Dataset, name: str, start: Path | None) -> dict[str, Any]:
@@ -53,32 +52,42 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     use_fast_float32()
     set_seed(training.seed)
     device = accelerator.device  # one a process
-    encoder = _encoder(params, device)
+    encoder = make_encoder(params, device)
     table, heldout = TokenTable(TOKENS / f"{name}.arrow"), TokenTable(TOKENS / "heldout.arrow", limit=params.evaluate.limit)
-    builder = _builder(params, encoder, table, heldout)
-    model = _model(params, training, encoder, precision, start)
-    sharing = _sharing(training, model, table, name, accelerator)
-    family = model.language_model.config.model_type
-    longest = int(max(table.lengths.max(), heldout.lengths.max()))
-    attention = pick_attention(device, longest if sharing is None else max(longest, LONGEST), family)
-    model.language_model.set_attn_implementation(attention)
+    builder = make_builder(params, encoder, table, heldout)
+    if start is not None:
+        check_start(params, encoder, builder, start)
+    model = make_model(params, training, encoder, precision, start)
+    sharing = choose_sharing(training, model, table, name, accelerator)
     counts = freeze(model, training.train)
+    if halved := training.train == "projector+ends" and precision == "bfloat16":
+        hold_frozen_in(model, torch.bfloat16)
+    longest = int(max(table.lengths.max(), heldout.lengths.max()))
+    attention = choose_attention(model, device, longest if sharing is None else max(longest, LONGEST))
+    model.language_model.set_attn_implementation(attention)
     accelerator.print(
         f"{name}: {counts['projector']:,} projector and {counts['language_model']:,} language-model parameters train, "
         f"{counts['frozen']:,} are frozen; {len(table):,} rows, features {training.features}, {precision} on {device}",
         flush=True,
     )
     cache = params.runtime.live_cache_mb * 1_000_000
-    source, heldout_source = _sources(training.features, encoder, ((table, dataset), (heldout, params.data.heldout)), cache)
+    source, heldout_source = open_sources(training.features, encoder, ((table, dataset), (heldout, params.data.heldout)), cache)
     if training.features == "stored":
         encoder.drop_tower()
     schedule = Schedule(**{key: getattr(training, key) for key in Schedule.__dataclass_fields__})
     model.to(accelerator.device)
     before = frozen_digest(model)
-    resume = _resume(params, training, schedule, model, encoder, table, precision, name)
-    keeper = Keeper(resume, minutes=params.runtime.save_minutes)
+    resume = _resume(params, training, schedule, model, encoder, table, heldout, precision, name)
     first, runtime = accelerator.is_main_process, params.runtime
     divided = runtime.divided and accelerator.num_processes > 1
+
+    def measure(model: VisionLanguageModel) -> float:
+        options = {"image_id": builder.image_id, "micro_tokens": training.micro_tokens, "even": divided}
+        return heldout_loss(model, heldout, heldout_source, accelerator, **options)
+
+    every, best = params.evaluate.every, training.keep == "best"
+    measured = Heldout(measure, every=every, keep_best=best) if every else None
+    keeper = Keeper(resume, minutes=runtime.save_minutes, heldout=measured)
     folder = main_checkout() / ".dvc" / "tmp" / "watch" / name
     with watching(folder, profile=runtime.profile if first else 0, live=runtime.live and first) as watch:
         history = train(
@@ -91,43 +100,35 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
             name=name,
             sharing=sharing,
             keeper=keeper,
+            heldout=measured,
             watch=watch,
             threads=max(1, runtime.workers),
             divided=divided,
+            packed=attention == PACKED,
+            compiled=runtime.compile,
         )
+    keeper.take_best(model, accelerator)
     if frozen_digest(model) != before or any(p.grad is not None for p in model.parameters() if not p.requires_grad):
         raise AssertionError("a frozen parameter has changed or has a gradient")
-    if divided:
-        model = gather(model, _model(params, training, encoder, precision, start)).to(accelerator.device)
+    if divided or halved:  # halved: what did not train is saved as it was
+        model = gather(model, make_model(params, training, encoder, precision, start))
+        model.to(accelerator.device)
         model.language_model.set_attn_implementation(attention)
     if accelerator.is_main_process:
         _save(params, model, encoder, builder, training.train, start, Path("models") / name)
         _write_history(Path("results") / name / "history.csv", history)
+        if measured:
+            measured.write(Path("results") / name / "heldout.csv")
     figures = _measure(params, training, model, heldout, heldout_source, accelerator, builder)
     if accelerator.is_main_process:
         resume.clear()
     accelerator.end_training()
+    if measured and measured.keep_best and measured.best:
+        figures["best_step"] = measured.best["step"]
     return figures | {
         "train_loss": round(sum(row["loss"] for row in history[-20:]) / len(history[-20:]), 6),
         "steps": len(history),
     }
-
-
-def _sharing(
-    training: Training, model: VisionLanguageModel, table: TokenTable, name: str, accelerator: Accelerator
-) -> Sharing | None:
-    """Which rows share their beginning, where params ask for it and the language model can have it."""
-    if not training.share_images:
-        return None
-    config = model.language_model.config
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None or getattr(config, "router_aux_loss_coef", None) is not None:
-        kind = "attends to a sliding window" if window is not None else "has a router that counts tokens"
-        raise PipelineError(f"{config.model_type} {kind}", where=f"{name}.share_images", remedy=f"set {name}.share_images: false")
-    sharing = find_sharing(table)
-    shared = f"{len(table):,} rows share {sharing.group.max() + 1:,} beginnings, {sharing.rows_a_group:.1f} each"
-    accelerator.print(f"{name}: {shared}", flush=True)
-    return sharing
 
 
 def _resume(
@@ -137,14 +138,11 @@ def _resume(
     model: VisionLanguageModel,
     encoder: Encoder,
     table: TokenTable,
+    heldout: TokenTable,
     precision: str,
     name: str,
 ) -> Resume:
     """A run's key: its numbers, its rows, the encoder and every weight it starts from."""
-    tokens = xxhash.xxh3_128()
-    with table.path.open("rb") as file:
-        while block := file.read(1 << 24):
-            tokens.update(block)
     depends = {
         "schedule": asdict(schedule),
         "train": training.train,
@@ -152,62 +150,20 @@ def _resume(
         "projector": params.projector.kind,
         "precision": precision,
         "encoder": encoder.spec(),
-        "tokens": tokens.hexdigest(),
+        "tokens": _file_digest(table.path),
         "weights": weights_digest(model.parameters()),
     }
+    if every := params.evaluate.every:
+        depends["heldout"] = {"every": every, "keep": training.keep, "rows": len(heldout), "tokens": _file_digest(heldout.path)}
     return Resume(main_checkout() / ".dvc" / "tmp" / "resume", name, depends)
 
 
-def _encoder(params: StageParams, device: torch.device) -> Encoder:
-    vision, runtime = params.vision, params.runtime
-    return Encoder(
-        vision.model,
-        revision=vision.revision,
-        layer=vision.layer,
-        precision=vision.precision,
-        storage=vision.storage,
-        device=device,
-        batch=runtime.extract_batch,
-    )
-
-
-def _builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> PromptBuilder:
-    llm = params.llm
-    builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=encoder.tokens)
-    for table in tables:
-        if table.spec != builder.spec():
-            raise PipelineError(
-                f"was made for another tokenizer, template or encoder than {llm.model}",
-                where=str(table.path),
-                remedy="dvc repro tokenize",
-                code=ARTEFACT,
-            )
-    return builder
-
-
-def _model(params: StageParams, training: Training, encoder: Encoder, precision: str, start: Path | None) -> VisionLanguageModel:
-    """Frozen weights are held in bfloat16 where the hardware computes in it; weights that train stay float32."""
-    frozen = training.train == "projector" and precision == "bfloat16"
-    dtype = torch.bfloat16 if frozen else torch.float32
-    kind = params.projector.kind
-    if start is None:
-        language_model = load_language_model(params.llm.model, revision=params.llm.revision, dtype=dtype)
-        projector = build_projector(kind, encoder.width, hidden_size(language_model))
-        return VisionLanguageModel(projector, language_model)
-    model, manifest = checkpoint.load(start, dtype=dtype)
-    if manifest.projector["kind"] != kind or manifest.vision["spec"] != encoder.spec():
-        raise PipelineError(
-            "was trained for another projector or encoder", where=str(start), remedy="dvc repro pretrain", code=ARTEFACT
-        )
-    return model
-
-
-def _sources(features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Dataset], ...], cache: int) -> list[FeatureSource]:
-    if features == "live":
-        return [LiveFeatures(encoder, open_dataset(dataset).images, table, cache_bytes=cache) for table, dataset in tables]
-    store = FeatureStore(FEATURES)
-    store.check_encoder(encoder.spec())
-    return [StoredFeatures(store, table, encoder.device) for table, _ in tables]
+def _file_digest(path: Path) -> str:
+    found = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _save(

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers.activations import QuickGELUActivation
 
 from pipeline.attention import NAME
 from pipeline.errors import ARTEFACT, NUMERIC, PipelineError, brief
-from pipeline.hardware import autocast, pick_precision
+from pipeline.hardware import DTYPES, autocast, pick_precision
 from pipeline.images import DECODER, decode
 from pipeline.rows import Float16Rows, Int8Rows, Rows, calibration_pictures, constants_digest, measure_constants
 
@@ -52,6 +54,11 @@ class Preprocessor:
         picture = decode(data, where=where)
         pixels = self._processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
         return np.ascontiguousarray(pixels, dtype=np.uint8)
+
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pixels that any picture becomes."""
+        pixels = self._processor(Image.new("RGB", (8, 8)), return_tensors="np")["pixel_values"]
+        return int(pixels.shape[-2]), int(pixels.shape[-1])
 
     def describe(self) -> dict[str, Any]:
         """What decides a pixel: part of the features' fingerprint."""
@@ -88,15 +95,23 @@ class Encoder(nn.Module):
         self.name, self.revision, self.layer, self.batch, self.device = model, revision, layer, batch, device
         self.precision = pick_precision(precision, device)
         self.preprocess = Preprocessor(model, revision)
-        attention = NAME if device.type == "cpu" else "sdpa"
-        self.tower = _load_tower(model, revision, attention).requires_grad_(False).eval().to(device)
+        self._attention = NAME if device.type == "cpu" else "sdpa"
+        self.tower = _load_tower(model, revision, self._attention).requires_grad_(False).eval().to(device)
         config = self.tower.config
         self.tokens, self.width = (config.image_size // config.patch_size) ** 2, config.hidden_size
+        if (made := self.preprocess.size()) != (config.image_size, config.image_size):
+            raise PipelineError(
+                f"preprocessor_config.json makes pictures of {made[0]} x {made[1]} pixels, the tower takes {config.image_size}",
+                where=model,
+                remedy="mend that file, or set vision.model",
+                code=ARTEFACT,
+            )
         if not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
             raise PipelineError(
                 f"vision.layer is {layer}; {model} has {config.num_hidden_layers} layers", remedy="set vision.layer"
             )
-        self._weights, self._config = _weights_digest(self.tower), _plain_config(config)
+        self._weights, self._config, self._rounded = _weights_digest(self.tower), _plain_config(config), False
+        self._error: float | None = None
         self._state = layer if layer >= 0 else config.num_hidden_layers + 1 + layer
         if layer != -1:
             _keep_layers(self.tower, self._state)
@@ -112,6 +127,21 @@ class Encoder(nn.Module):
         features = torch.cat([self._forward(tower, part, "float32") for part in pictures.split(4)])
         self.tower.to(self.device)
         return Int8Rows(self.tokens, *measure_constants(features))
+
+    @torch.inference_mode()
+    def relative_error(self) -> float:
+        """How far stored rows are from float32 features, as a share of their norm, over fixed pictures."""
+        if self._error is None:
+            pictures = torch.from_numpy(calibration_pictures(self.tower.config.image_size, count=4))
+            exact = _load_tower(self.name, self.revision, self._attention).requires_grad_(False).eval().to(self.device)
+            if self.layer != -1:
+                _keep_layers(exact, self._state)
+            wanted = self._forward(exact, pictures, "float32").cpu()
+            self._round_products()
+            stored = [self.rows.encode(self._forward(self.tower, part, self.precision)) for part in pictures.split(self.batch)]
+            found = self.rows.decode(torch.cat(stored)).float().cpu()
+            self._error = float(f"{float((found - wanted).norm() / wanted.norm()):.2g}")
+        return self._error
 
     def drop_tower(self) -> None:
         """Give the weights' memory back where only `spec`, `tokens` and `width` are still asked for."""
@@ -132,6 +162,7 @@ class Encoder(nn.Module):
         )
 
     def _encode_batch(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+        self._round_products()
         count = len(pixels)
         if count < self.batch:
             pixels = torch.cat([pixels, pixels.new_zeros(self.batch - count, *pixels.shape[1:])])
@@ -143,6 +174,14 @@ class Encoder(nn.Module):
                 "features are not finite in float16", where=bad, remedy="set vision.precision: float32", code=NUMERIC
             )
         return self.rows.encode(features).cpu()
+
+    def _round_products(self) -> None:
+        """Hold the weights of matrix products in the format that autocast would round them to anew in every call."""
+        if not self._rounded:
+            for module in self.tower.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.to(DTYPES[self.precision])
+            self._rounded = True
 
     @torch.inference_mode()
     def _forward(self, tower: PreTrainedModel, pixels: torch.Tensor, precision: str) -> torch.Tensor:
@@ -196,7 +235,18 @@ def _load_tower(model: str, revision: str, attention: str = "sdpa") -> PreTraine
     tower, info = loaded
     if info["missing_keys"]:
         raise PipelineError(f"{model} lacks weights: {sorted(info['missing_keys'])[0]} and others", code=ARTEFACT)
+    for module in tower.modules():
+        for name, child in module.named_children():
+            if isinstance(child, QuickGELUActivation):
+                setattr(module, name, _QuickGelu())
     return tower
+
+
+class _QuickGelu(nn.Module):
+    """x * sigmoid(1.702 x) as Transformers computes it, bit for bit, in one piece of fresh memory instead of three."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (1.702 * x).sigmoid_().mul_(x)
 
 
 def _keep_layers(tower: PreTrainedModel, count: int) -> None:

@@ -1,20 +1,24 @@
 """Stage 1: the frozen vision encoder over every image, once.
 
-Reads the images that the pretraining and held-out records name; writes data/features (HDF5 shards, a row an image) and
-data/features_meta.json (P and Dv: all that tokenize needs to know).
+Reads the images that the pretraining and held-out records name; writes data/features (HDF5 shards, a row an image),
+data/features_meta.json (P and Dv: all that tokenize needs to know of the encoder), data/features_images.npy (which images
+can be decoded) and data/features_rejected.csv (which cannot, and why). Which rows that costs is decided by tokenize.
 """
 
+import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 
-from pipeline.datasets import good_rows, open_dataset
+from pipeline.datasets import good_rows, open_dataset, picture_is_used
+from pipeline.errors import PipelineError
 from pipeline.extraction import distinct_images, extract
-from pipeline.files import main_checkout, write_json
-from pipeline.formats import Source
+from pipeline.files import main_checkout, publish, write_json
+from pipeline.formats import GoodImages, Mixture, Source
 from pipeline.hardware import pick_device, use_fast_float32
 from pipeline.params import StageParams
 from pipeline.stage import run_stage
@@ -23,9 +27,8 @@ from pipeline.vision import Encoder
 
 def main(params: StageParams) -> dict[str, Any]:
     vision, runtime = params.vision, params.runtime
-    files, hashes = distinct_images(
-        [(source.images, _names(source, params.data)) for source in _sources(params)], threads=max(1, runtime.workers)
-    )
+    skip, missing = params.data.on_error == "skip", list[PipelineError]()
+    files, hashes = distinct_images(_wanted(params), threads=max(1, runtime.workers), missing=missing if skip else None)
     use_fast_float32()
     device = pick_device(runtime.device)
     processes: dict[str, Any] = {}
@@ -50,13 +53,16 @@ def main(params: StageParams) -> dict[str, Any]:
         out=Path("data/features"),
         shard_rows=vision.shard_rows,
         workers=runtime.workers,
+        skip=skip,
         **processes,
     )
     if not processes.get("rank"):
         write_json(Path("data/features_meta.json"), {"tokens": encoder.tokens, "width": encoder.width})
+        _write_verdicts(hashes[done.good], [*missing, *done.bad])
     rate = round(done.encoded / done.seconds, 1) if done.seconds else 0.0
     return {
         "images": done.images,
+        "rejected": len({error.where for error in (*missing, *done.bad)}),
         "encoded": done.encoded,
         "cache_mb": round(done.bytes / 1e6, 1),
         "images_per_second": rate,
@@ -64,14 +70,31 @@ def main(params: StageParams) -> dict[str, Any]:
     }
 
 
-def _sources(params: StageParams) -> list[Source]:
-    return [open_dataset(dataset, limit=params.data.limit) for dataset in (params.data.pretrain, params.data.heldout)]
+def _wanted(params: StageParams) -> Iterator[tuple[Any, Iterator[str], Callable[[bytes], bool]]]:
+    """Of each data set where its pictures are, their names, and which of them its rows can show: a held-out one is no
+    training picture."""
+    data = params.data
+    sources = [(open_dataset(dataset, limit=data.limit), dataset is data.pretrain) for dataset in (data.pretrain, data.heldout)]
+    for source, trained in sources:
+        yield source.images, _names(source, data), picture_is_used(data.heldout, trained=trained)
 
 
-def _names(source: Source, data: Any) -> Iterator[str]:
+def _names(source: Source | Mixture, data: Any) -> Iterator[str]:
     with good_rows(source, data) as records:
         for record in records:
             yield from record.images
+
+
+def _write_verdicts(good: np.ndarray, bad: list[PipelineError]) -> None:
+    with publish(Path("data/features_images.npy")) as temporary, temporary.open("wb") as file:
+        np.save(file, GoodImages.table(good))
+    table, bad = Path("data/features_rejected.csv"), list({error.where: error for error in bad}.values())
+    with publish(table) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as text:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("image", "reason", "remedy"))
+        writer.writerows((error.where, error.what, error.remedy) for error in bad)
+    if bad:
+        print(f"extract: {len(bad):,} images left out ({table}), first {bad[0].line()}", flush=True)
 
 
 if __name__ == "__main__":

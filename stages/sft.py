@@ -1,6 +1,6 @@
 """Stage 4: instruction tuning of the language model and the projector, with the live frozen encoder.
 
-Reads the images, data/tokens and models/pretrain; writes models/sft, results/sft/history.csv and metrics/sft.json.
+Reads the images, data/tokens and `sft.start` (models/pretrain); writes models/sft, results/sft/history.csv and metrics/sft.json.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from pipeline.train_stage import train_stage
 
 
 def main(params: StageParams) -> dict[str, Any]:
-    return train_stage(params, params.sft, dataset=params.data.sft, name="sft", start=Path("models/pretrain"))
+    return train_stage(params, params.sft, dataset=params.data.sft, name="sft", start=Path(params.sft.start))
 
 
 if __name__ == "__main__":

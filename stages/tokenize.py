@@ -1,8 +1,9 @@
 """Stage 2: conversations to token ids, supervised spans and image positions.
 
-Reads the records of every data set and P from data/features_meta.json; writes data/tokens/{pretrain,sft,heldout}.arrow,
-data/tokens/refused.jsonl, the rows that did not fit with file, line and reason, and data/tokens/rejected_*.csv, the rows
-that are broken. Stops when a picture that is held out is also trained on.
+Reads the records of every data set, P from data/features_meta.json and from data/features_images.npy which images extract
+has decoded; others are decoded here, once, so that no row whose image is broken reaches training. Writes
+data/tokens/{pretrain,sft,heldout}.arrow, data/tokens/refused.jsonl, the rows that did not fit with file, line and reason,
+and data/tokens/rejected_*.csv, the rows that are broken. Stops when a picture that is held out is also trained on.
 """
 
 import json
@@ -13,46 +14,47 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from pipeline.datasets import good_rows, open_dataset
+from pipeline.datasets import judged, open_dataset, side_of
 from pipeline.errors import ARTEFACT, BAD_ROWS, PipelineError, brief
 from pipeline.features import as_arrow
 from pipeline.files import publish_folder
-from pipeline.params import StageParams
+from pipeline.formats import Mixture, Source
+from pipeline.params import Data, StageParams
 from pipeline.stage import run_stage
 from pipeline.text import PromptBuilder
-from pipeline.tokenization import Summary, tokenize
+from pipeline.tokenization import Choice, Summary, Tokenizer, tokenize
 from pipeline.tokens import TokenTable, write_tokens
 
 SPLITS = ("pretrain", "sft", "heldout")
+GOOD = Path("data/features_images.npy")
 
 
 def main(params: StageParams) -> dict[str, Any]:
     meta = _read_meta(Path("data/features_meta.json"))
     llm, limits = params.llm, params.tokenize
-    builder = {"model": llm.model, "revision": llm.revision, "image_token": llm.image_token, "tokens": meta["tokens"]}
-    spec = PromptBuilder(**builder).spec()
+    builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=meta["tokens"])
     figures: dict[str, Any] = {}
-    with publish_folder(Path("data/tokens")) as folder:
-        refused: list[dict[str, str]] = []
-        for split in SPLITS:
-            dataset = getattr(params.data, split)
-            summary = Summary()
-            source = open_dataset(dataset, limit=params.data.limit)
+    sources = {split: open_dataset(getattr(params.data, split), limit=params.data.limit) for split in SPLITS}
+    with publish_folder(Path("data/tokens")) as folder, (folder / "refused.jsonl").open("w", encoding="utf-8") as refused:
+        for split, source in sources.items():
+            summary, choice = Summary(), _choice(params.data, split)
             with (
                 tqdm(desc=f"tokenize {split}", unit="row", mininterval=0.5) as bar,
-                good_rows(source, params.data, rejected=folder / f"rejected_{split}.csv") as records,
+                judged(source, params.data, rejected=folder / f"rejected_{split}.csv") as policy,
             ):
                 batches = tokenize(
-                    records,
-                    (builder, source.images, limits.max_tokens, limits.too_long),
+                    source.records(),
+                    Tokenizer(builder, source.images, limits.max_tokens, limits.too_long, choice),
                     summary,
                     workers=params.runtime.tokenize_workers,
                     progress=bar.update,
+                    reject=policy.reject,
+                    refuse=lambda row: refused.write(json.dumps(row) + "\n"),
                 )
-                write_tokens(folder / f"{split}.arrow", batches, spec)
-            refused += summary.refused
-            figures[split] = _figures(split, dataset.records, summary)
-        (folder / "refused.jsonl").write_text("".join(json.dumps(row) + "\n" for row in refused), encoding="utf-8")
+                write_tokens(folder / f"{split}.arrow", batches, builder.spec())
+                policy.accept(summary.rows_in - summary.bad)
+            _tell(split, source, choice, summary)
+            figures[split] = _figures(split, getattr(params.data, split).records, choice, summary)
         _require_held_out(folder)
     return figures
 
@@ -64,15 +66,42 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise PipelineError(f"cannot be read: {brief(error)}", where=str(path), remedy="dvc repro extract", code=ARTEFACT) from None
 
 
-def _figures(split: str, records: str, summary: Summary) -> dict[str, Any]:
+def _choice(data: Data, split: str) -> Choice:
+    heldout = data.heldout
+    return Choice(GOOD, side_of(heldout, trained=split != "heldout"), heldout.share, heldout.seed)
+
+
+def _tell(split: str, source: Source | Mixture, choice: Choice, summary: Summary) -> None:
+    """What became of rows that are not bad and not used either."""
+    if isinstance(source, Mixture):
+        for part, (rows, taken) in source.counts.items():
+            print(f"tokenize {split}: {part}: {taken:,} rows taken of {rows:,}")
+    if choice.side:
+        other = "held out" if choice.side == "train" else "for training"
+        first = f", first: {summary.straddling[0]}" if summary.straddling else ""
+        print(
+            f"tokenize {split}: {summary.rows + summary.refused:,} of {summary.rows_in:,} rows, {summary.other_side:,} "
+            f"are {other}, {summary.both_sides:,} have pictures of both sides and are not used{first}"
+        )
+    if summary.refused or summary.cut:
+        first = f", first: {summary.too_long[0]['where']} ({summary.too_long[0]['reason']})" if summary.refused else ""
+        print(f"tokenize {split}: {summary.cut} rows cut, {summary.refused} refused (data/tokens/refused.jsonl){first}")
+
+
+def _figures(split: str, records: str, choice: Choice, summary: Summary) -> dict[str, Any]:
+    """The figures of one data set: rows_in = rows + refused + rejected, and with a held-out share + other_side + both_sides."""
+    if choice.side and summary.rows + summary.refused == 0:
+        what = f"none of {summary.rows_in:,} rows is " + ("held out" if split == "heldout" else "left to train on")
+        raise PipelineError(what, where=records, remedy="change data.heldout.share or data.limit", code=BAD_ROWS)
     if not summary.rows:
         raise PipelineError("no row fits", where=records, remedy="raise tokenize.max_tokens", code=BAD_ROWS)
-    if summary.refused or summary.cut:
-        first = f", first: {summary.refused[0]['where']} ({summary.refused[0]['reason']})" if summary.refused else ""
-        print(f"tokenize {split}: {summary.cut} rows cut, {len(summary.refused)} refused (data/tokens/refused.jsonl){first}")
+    sides = {"other_side": summary.other_side, "both_sides": summary.both_sides} if choice.side else {}
     return {
+        "rows_in": summary.rows_in,
         "rows": summary.rows,
-        "refused": len(summary.refused),
+        "rejected": summary.bad,
+        "refused": summary.refused,
+        **sides,
         "cut": summary.cut,
         "tokens": summary.tokens,
         "supervised": summary.supervised,

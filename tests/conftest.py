@@ -6,7 +6,7 @@
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,13 @@ from transformers import (
 
 from pipeline.extraction import distinct_images, extract
 from pipeline.features import FeatureStore
+from pipeline.formats import RowPolicy, SourceSpec, open_source
 from pipeline.images import ImageRoot
 from pipeline.model import VisionLanguageModel, build_projector, freeze, load_language_model
-from pipeline.records import read_records
+from pipeline.records import Record
 from pipeline.text import PromptBuilder
 from pipeline.tokenization import Summary, tokenize
+from pipeline.tokenization import Tokenizer as RowTokenizer
 from pipeline.tokens import TokenTable, write_tokens
 from pipeline.vision import Encoder
 
@@ -266,8 +268,8 @@ class World:
         """The token table of other rows over the same pictures."""
         records = self.folder / f"{name}.jsonl"
         records.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        arguments = ({"model": str(self.llm), "image_token": "<image>", "tokens": PATCHES}, self.images, 256, "stop")
-        batches = tokenize(read_records(records), arguments, Summary(), workers=1, progress=len_of)
+        tokenizer = RowTokenizer(self.builder, self.images, 256, "stop")
+        batches = tokenize(read_records(records), tokenizer, Summary(), workers=1, progress=len_of)
         write_tokens(self.folder / f"{name}.arrow", batches, self.builder.spec())
         return TokenTable(self.folder / f"{name}.arrow")
 
@@ -281,6 +283,11 @@ class World:
 
 def len_of(count: int) -> int:
     return count
+
+
+def read_records(path: Path, *, limit: int = 0) -> Iterator[Record]:
+    """The records of a file, none of which may be bad."""
+    return RowPolicy("stop", 0).keep(open_source(SourceSpec(str(path), limit=limit)).records())
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROWS, World, row
+from conftest import ROWS, World, read_records, row
 
 from pipeline.datasets import good_rows, open_dataset
 from pipeline.errors import PipelineError
 from pipeline.params import Data, Dataset, load
-from pipeline.records import read_records
 
 
 def dataset(world: World, rows: list[Any], **options: Any) -> Dataset:

@@ -34,14 +34,17 @@ from pipeline.evaluate import answer_accuracy, heldout_loss
 from pipeline.extraction import distinct_images, extract
 from pipeline.features import FeatureStore
 from pipeline.files import write_json
+from pipeline.heldout import Heldout
 from pipeline.images import ImageRoot
+from pipeline.keeper import Keeper
+from pipeline.model import VisionLanguageModel
 from pipeline.params import override, read_yaml
 from pipeline.resume import Resume
 from pipeline.sharing import find_sharing
 from pipeline.sources import StoredFeatures
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
-from pipeline.training import Keeper, plan_work, train
+from pipeline.training import plan_work, train
 from pipeline.vision import Encoder
 
 RANKS = 2
@@ -94,11 +97,21 @@ def run(world: World, mixture: Path, case: Case) -> Outcome:
     source = StoredFeatures(world.store, world.table)
     options: dict[str, Any] = {"image_id": world.builder.image_id, "sharing": find_sharing(world.table) if case.shared else None}
     divided = case.divided and accelerator.num_processes > 1
-    history = train(model, world.table, source, SCHEDULE_OF_PIECES, accelerator, name="t", divided=divided, **options)
+
+    def measure(model: VisionLanguageModel) -> float:
+        """Row by row: eleven, so one process has a pass more."""
+        return heldout_loss(model, world.table, source, accelerator, micro_tokens=1, even=divided, **options)
+
+    measured = Heldout(measure, every=4)
+    history = train(
+        model, world.table, source, SCHEDULE_OF_PIECES, accelerator, name="t", heldout=measured, divided=divided, **options
+    )
     if divided:
         assert sum(p.to_local().numel() for p in model.parameters()) < 0.6 * sum(p.numel() for p in model.parameters())
         model = gather(model, world.model(case.what, llm=mixture if case.mixture else None))
     heldout = heldout_loss(model, world.table, source, accelerator, micro_tokens=70, **options)
+    assert [row["step"] for row in measured.rows] == [3, 5]
+    assert measured.rows[-1]["loss"] == pytest.approx(heldout, rel=1e-6)
     asked: dict[str, Any] = {"max_new_tokens": 4, "batch_size": 2, "blind": False, "name": "t"}
     _, answers = answer_accuracy(model, world.table, source, accelerator, world.builder, **asked)
     return Outcome(history, heldout, answers, {name: t.detach().clone() for name, t in model.state_dict().items()})
@@ -431,7 +444,7 @@ def test_a_process_that_fails_while_others_wait_for_its_gradient_ends_the_launch
     shutil.copytree(alone / "models", project / "models")
     (project / "data/images/7.png").write_bytes((project / "data/images/8.png").read_bytes())
     err = finish(stage("sft", project), code=ARTEFACT)
-    assert "7.png: its bytes are not those that were tokenised" in only_error(err)
+    assert "7.png': its bytes are not those that were tokenised" in only_error(err)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DIALECTS, HIDDEN, PATCHES, WIDTH, World
+from conftest import DIALECTS, HIDDEN, PATCHES, WIDTH, World, read_records
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -273,7 +273,6 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def same_answers(folder: Path, export: Path, count: int, tmp_path: Path) -> int:
     """How many of `count` held-out questions of the embedded world stock Transformers answers as `pipeline.chat`."""
     from pipeline.images import ImageRoot
-    from pipeline.records import read_records
 
     assistant, root = Assistant(folder, device="cpu"), ImageRoot(ROOT / "data/easyvqa/images.zip")
     model, processor, _ = check.load(export)

@@ -23,7 +23,7 @@ from pipeline.formats import BadRow, Columns, Digests, RowPolicy, SourceSpec, Sp
 from pipeline.formats.__main__ import app
 from pipeline.formats.split import is_held_out
 from pipeline.images import ImageError, digest
-from pipeline.records import ImageSlot, Record, Turn, read_records
+from pipeline.records import ImageSlot, Record, Turn
 
 Png = Callable[[int], bytes]
 Seen = tuple[tuple[Turn, ...], list[bytes]]
@@ -283,13 +283,6 @@ def test_repack_leaves_nothing_behind_when_it_fails(tmp_path: Path, source: str,
 
 
 # What holds for all of them.
-
-
-def test_json_lines_give_what_read_records_gives(tmp_path: Path) -> None:
-    rows = [{"messages": [{"role": "user", "content": f"<image>{i}"}, {"role": "assistant", "content": "x"}], "images": [f"{i}"]}
-            for i in range(3)]  # fmt: skip
-    path = write(tmp_path / "rows.jsonl", *rows)
-    assert list(open_source(SourceSpec(str(path))).records()) == list(read_records(path))
 
 
 def test_an_array_gives_what_its_rows_give_as_lines_whatever_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """An interrupted training run goes on where it stopped and ends with the bits of one that was never interrupted."""
 
+import csv
+import json
 import os
 import shutil
 import signal
@@ -14,11 +16,13 @@ from conftest import ROWS, World
 from test_training import SCHEDULE, bits
 
 from pipeline.errors import INTERRUPTED, PipelineError
+from pipeline.heldout import Heldout
+from pipeline.keeper import Keeper
 from pipeline.model import VisionLanguageModel
 from pipeline.params import override, read_yaml
 from pipeline.resume import Resume
 from pipeline.sources import StoredFeatures
-from pipeline.training import Keeper, train
+from pipeline.training import train
 
 ROOT = Path(__file__).parent.parent
 STEPS = 2 * -(-len(ROWS) // SCHEDULE.batch_size)
@@ -27,8 +31,8 @@ STEPS = 2 * -(-len(ROWS) // SCHEDULE.batch_size)
 class Stopping(Keeper):
     """Asks the run to stop after a number of steps of this attempt, as a signal would."""
 
-    def __init__(self, resume: Resume, steps: int) -> None:
-        super().__init__(resume, minutes=0)
+    def __init__(self, resume: Resume, steps: int, heldout: Heldout | None = None) -> None:
+        super().__init__(resume, minutes=0, heldout=heldout)
         self.left = steps
 
     def after_step(self, *arguments: object, **options: object) -> None:
@@ -72,6 +76,14 @@ def test_a_finished_run_is_not_trained_again(world: World, tmp_path: Path) -> No
     assert bits(second) == bits(first)
     resume.clear()
     assert not resume.folder.exists()
+
+
+def test_signals_mean_again_what_they_meant_when_training_is_over(world: World, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    keeper = Keeper(Resume(tmp_path, "t", {"k": 1}), minutes=60)
+    assert signal.getsignal(signal.SIGTERM) != before[0]
+    attempt(world, "projector", keeper)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_a_damaged_newest_state_is_passed_over_aloud(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,8 +132,6 @@ def test_the_schedule_of_learning_rates_is_unbroken(world: World, tmp_path: Path
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project with a few hundred rows, extracted and tokenised, its models linked."""
-    from ruamel.yaml import YAML
-
     folder = tmp_path_factory.mktemp("workspace")
     for name in ("dvc.yaml", "pipeline", "stages"):
         (folder / name).symlink_to(ROOT / name)
@@ -129,10 +139,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".dvc").mkdir()
     for name in ("easyvqa", "models"):
         (folder / "data" / name).symlink_to(ROOT / "data" / name)
-    content = read_yaml(ROOT / "params.yaml")
-    override(content, ["data.limit=160", "evaluate.limit=8", "pretrain.batch_size=4", "runtime.save_minutes=0"])
-    with (folder / "params.yaml").open("w", encoding="utf-8") as file:
-        YAML().dump(content, file)
+    shutil.copy(ROOT / "params.yaml", folder)
+    set_params(folder, "data.limit=160", "evaluate.limit=8", "pretrain.batch_size=4", "runtime.save_minutes=0")
     for name in ("extract", "tokenize"):
         assert start(name, folder).wait(timeout=300) == 0
     return folder
@@ -144,11 +152,28 @@ def start(name: str, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def set_params(folder: Path, *changes: str) -> None:
+    from ruamel.yaml import YAML
+
+    content = read_yaml(folder / "params.yaml")
+    override(content, list(changes))
+    with (folder / "params.yaml").open("w", encoding="utf-8") as file:
+        YAML().dump(content, file)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("keep", ["last", "best"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_stage_ends_with_the_files_of_an_undisturbed_one(workspace: Path, number: signal.Signals) -> None:
+def test_a_killed_stage_ends_with_the_files_of_an_undisturbed_one(workspace: Path, number: signal.Signals, keep: str) -> None:
+    set_params(workspace, f"pretrain.keep={keep}", f"evaluate.every={7 if keep == 'best' else 0}")
     assert start("pretrain", workspace).wait(timeout=300) == 0
+    figures = json.loads((workspace / "metrics/pretrain.json").read_text())
     expected = outputs(workspace)
+    assert ("heldout.csv" in expected) == ("best_step" in figures) == (keep == "best")
+    if keep == "best":
+        curve = [(float(row["loss"]), int(row["step"])) for row in csv.DictReader(expected["heldout.csv"].decode().splitlines())]
+        assert (figures["loss"], figures["best_step"]) == (pytest.approx(min(curve)[0], abs=1e-5), min(curve)[1])
+        assert [step for _, step in curve] == [*range(6, figures["steps"] - 1, 7), figures["steps"] - 1]
     states = workspace / ".dvc/tmp/resume"
     kills, seen = 0, -1
     while True:
@@ -171,7 +196,7 @@ def test_a_killed_stage_ends_with_the_files_of_an_undisturbed_one(workspace: Pat
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    found = [*(folder / "models/pretrain").iterdir(), folder / "results/pretrain/history.csv"]
+    found = [*(folder / "models/pretrain").iterdir(), *(folder / "results/pretrain").iterdir()]
     contents = {path.name: path.read_bytes() for path in found}
     shutil.rmtree(folder / "models")
     shutil.rmtree(folder / "results")

@@ -12,7 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.extraction import distinct_images, extract
 from pipeline.features import FeatureStore
 from pipeline.rows import Float16Rows, Int8Rows, calibration_pictures, measure_constants, rows_of
-from pipeline.shards import Shard
+from pipeline.shards import Shard, write_shard
 from pipeline.vision import Encoder, fingerprint
 
 CPU = torch.device("cpu")
@@ -122,3 +122,20 @@ def test_the_constants_do_not_follow_the_last_bits_of_a_processor() -> None:
     again = measure_constants(true * (1 + 1e-7))
     assert np.array_equal(mean, again[0])
     assert np.array_equal(spread, again[1])
+
+
+def test_how_far_rows_are_from_float32_is_measured_and_stands_in_the_shard(vision_folders: dict[str, Path], tmp_path: Path) -> None:
+    found = {}
+    for precision, storage in [("float32", "float16"), ("float32", "int8"), ("bfloat16", "float16")]:
+        encoder = Encoder(str(vision_folders["clip"]), precision=precision, storage=storage, device=CPU, batch=4)
+        found[precision, storage] = encoder.relative_error()
+        assert encoder.relative_error() == found[precision, storage], "also when its weights are rounded by now"
+    assert 0 < found["float32", "float16"] < 5e-4
+    assert found["float32", "float16"] < found["float32", "int8"] < 0.05
+    assert 1e-3 < found["bfloat16", "float16"] < 0.05
+    rows = Float16Rows(4, 6)
+    spec = {"tokens": 4, "width": 6}
+    write_shard(
+        tmp_path / "a.h5", np.ones((1, 32), np.uint8), spec, rows, [np.ones((1, 4, 6), "<f2")], notes={"relative_error": 0.003}
+    )
+    assert Shard(tmp_path / "a.h5").relative_error == 0.003

@@ -88,10 +88,10 @@ def test_the_blind_control_is_all_zeros_of_the_same_shape(world: World) -> None:
 
 
 class Counting(Encoder):
-    seen = 0
+    seen, calls = 0, 0
 
     def encode(self, pixels: torch.Tensor, names: Any) -> torch.Tensor:
-        self.seen += len(pixels)
+        self.seen, self.calls = self.seen + len(pixels), self.calls + 1
         return super().encode(pixels, names)
 
 
@@ -101,6 +101,21 @@ def test_a_picture_that_stands_twice_in_a_batch_is_encoded_once(world: World) ->
     slots = np.arange(world.table.slots)
     live.features(live.load(slots))
     assert encoder.seen == len(set(world.table.image_names().to_pylist())) < len(slots)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**9])
+def test_the_live_encoder_looks_ahead_until_its_batch_is_full(world: World, cache_bytes: int) -> None:
+    encoder = Counting(world.clip.name, precision="float32", device=CPU, batch=4)
+    live = LiveFeatures(encoder, world.images, world.table, cache_bytes=cache_bytes)
+    parts = [np.array(part, np.int64) for part in ([0], [], [1, 0], [2, 3], [0, 9], [4], [])]
+    loaded = [(number, live.load(part)) for number, part in enumerate(parts)]
+    found = list(live.stream(loaded))
+    assert [number for number, _ in found] == list(range(len(parts)))
+    distinct = {world.table.image_names()[slot].as_py() for part in parts for slot in part.tolist()}
+    assert encoder.seen == len(distinct) if cache_bytes else encoder.seen < sum(map(len, parts))
+    assert encoder.calls == -(-encoder.seen // 4), "full batches only, but for the last"
+    for (_, features), part in zip(found, parts, strict=True):
+        assert torch.equal(features, live.features(live.load(part)))
 
 
 @pytest.mark.parametrize(("change", "said"), [("other bytes", "not those that were tokenised"), ("gone", "no such image")])

@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.errors import PipelineError, exit_on_error
@@ -81,6 +83,7 @@ def test_a_stage_ends_when_dvc_is_killed(checkout: Path) -> None:
     """A parent killed with -9 must not leave a writer behind."""
     code = "import subprocess,sys; p=subprocess.Popen([sys.executable,'-m','stages.tokenize']); print(p.pid,flush=True); p.wait()"
     (checkout / "data/features_meta.json").write_text('{"tokens": 64, "width": 128}')
+    np.save(checkout / "data/features_images.npy", np.empty((0, 32), np.uint8))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_ROOT": str(checkout)}
     parent = subprocess.Popen(
         [sys.executable, "-c", code], cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -123,13 +126,22 @@ def test_not_a_number_is_never_written_as_json(tmp_path: Path) -> None:
     assert not (tmp_path / "a.json").exists()
 
 
-def test_only_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
+def test_only_leftovers_of_this_machines_dead_processes_are_removed_and_others_when_they_are_old(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getpid()):
-        (tmp_path / f".shard.h5.{pid}.tmp").write_text("")
-    remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [f".shard.h5.{os.getpid()}.tmp"]
+        for machine in (socket.gethostname().replace(".", "-"), "another", "long-ago"):
+            (tmp_path / f".shard.h5.{pid}@{machine}.tmp").write_text("")
+            if machine == "long-ago":
+                os.utime(tmp_path / f".shard.h5.{pid}@{machine}.tmp", (1, 1))
+    with publish(tmp_path / "other.h5") as mine:
+        mine.write_text("")
+        remove_leftovers(tmp_path)
+        assert mine.exists(), "a living process still writes it"
+    left = {path.name for path in tmp_path.iterdir()}
+    alive = socket.gethostname().replace(".", "-")
+    another = {f".shard.h5.{pid}@another.tmp" for pid in (dead.pid, os.getpid())}
+    assert left == another | {"other.h5", f".shard.h5.{os.getpid()}@{alive}.tmp"}
 
 
 def test_links_share_bytes_with_the_store(tmp_path: Path) -> None:

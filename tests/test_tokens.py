@@ -8,25 +8,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import PATCHES, World, len_of, row
+from conftest import PATCHES, World, len_of, read_records, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import tokenization
 from pipeline.errors import PipelineError
+from pipeline.formats.conversation import Reading, build
 from pipeline.images import digest
-from pipeline.records import Record, parse, read_records
+from pipeline.records import Record
 from pipeline.text import Prompt
 from pipeline.tokenization import Summary, Tokenizer, tokenize
 from pipeline.tokens import SCHEMA, TokenTable, write_tokens
 
 
-def settings_of(world: World, *, max_tokens: int = 256, too_long: str = "cut") -> tuple[Any, ...]:
-    return {"model": str(world.llm), "image_token": "<image>", "tokens": PATCHES}, world.images, max_tokens, too_long
+def tokenizer_of(world: World, *, max_tokens: int = 256, too_long: str = "cut") -> Tokenizer:
+    return Tokenizer(world.builder, world.images, max_tokens, too_long)
 
 
 def records_of(rows: list[dict[str, object]]) -> list[Record]:
-    return [parse(json.dumps(content).encode(), where=f"rows.jsonl:{line}") for line, content in enumerate(rows, start=1)]
+    places = [f"rows.jsonl:{line}" for line in range(1, len(rows) + 1)]
+    made = [build(content, Reading(), where=place) for content, place in zip(rows, places, strict=True)]
+    return [Record(place, tuple(images), turns) for place, (turns, images) in zip(places, made, strict=True)]
 
 
 def test_every_row_comes_back_as_it_was_built(world: World, png: Callable[[int], bytes]) -> None:
@@ -52,7 +55,7 @@ def test_every_row_comes_back_as_it_was_built(world: World, png: Callable[[int],
 
 
 def save(path: Path, world: World, parts: list[list[Record]]) -> TokenTable:
-    make = Tokenizer(*settings_of(world))
+    make = tokenizer_of(world)
     write_tokens(path, (make(part)[0] for part in parts), world.builder.spec())
     return TokenTable(path)
 
@@ -85,7 +88,7 @@ def test_an_empty_table_has_no_rows(tmp_path: Path, world: World) -> None:
 def damaged(path: Path, kind: str, world: World) -> None:
     data = (world.folder / "rows.arrow").read_bytes()
     if kind == "no supervised token":
-        batch = Tokenizer(*settings_of(world))(records_of([row("Is this?", "Yes.")]))[0]
+        batch = tokenizer_of(world)(records_of([row("Is this?", "Yes.")]))[0]
         spans = pa.array([[3, 3]], pa.list_(pa.int32()))
         write_tokens(path, [batch.set_column(1, SCHEMA.field(1), spans)], world.builder.spec())
     elif kind != "missing":
@@ -130,12 +133,12 @@ def require_sound(prompt: Prompt, arrow: dict[str, Any], limit: int, image_id: i
 
 def test_a_cut_never_parts_an_image_nor_takes_the_last_answer(world: World) -> None:
     prompt = whole_prompt(world)
-    first = Tokenizer(*settings_of(world))
+    first = tokenizer_of(world)
     outcomes = set()
     for limit in range(1, len(prompt.ids) + 2):
         first._max = limit
         batch, found = first(records_of([LONG]))
-        assert found.rows_in == 1 == found.rows + len(found.refused)
+        assert found.rows_in == 1 == found.rows + found.refused
         if found.rows:
             (arrow,) = batch.to_pylist()
             require_sound(prompt, arrow, limit, world.builder.image_id)
@@ -143,8 +146,8 @@ def test_a_cut_never_parts_an_image_nor_takes_the_last_answer(world: World) -> N
             assert (found.tokens, found.longest) == (len(arrow["ids"]), len(arrow["ids"]))
             outcomes.add("cut" if found.cut else "whole")
         else:
-            assert "rows.jsonl:1" in found.refused[0]["where"]
-            assert f"{len(prompt.ids)} tokens, tokenize.max_tokens is {limit}" in found.refused[0]["reason"]
+            assert "rows.jsonl:1" in found.too_long[0]["where"]
+            assert f"{len(prompt.ids)} tokens, tokenize.max_tokens is {limit}" in found.too_long[0]["reason"]
             outcomes.add("refused")
     assert outcomes == {"refused", "cut", "whole"}
 
@@ -160,13 +163,13 @@ def test_every_row_is_kept_or_refused_and_every_kept_row_is_sound(world: World, 
             "two": row("<image>or<image>", "None.", "1.png", "1.png")}  # fmt: skip
     records = records_of([rows[kind] for kind in kinds])
     prompts = {record.where: world.builder.build(record.turns) for record in records}
-    total = Summary()
-    batches = list(
-        tokenize(iter(records), settings_of(world, max_tokens=limit, too_long=policy), total, workers=1, progress=len_of)
-    )
+    total, refused = Summary(), list[dict[str, str]]()
+    tokenizer = tokenizer_of(world, max_tokens=limit, too_long=policy)
+    batches = list(tokenize(iter(records), tokenizer, total, workers=1, progress=len_of, refuse=refused.append))
     kept = [arrow for batch in batches for arrow in batch.to_pylist()]
-    assert total.rows_in == len(kinds) == len(kept) + len(total.refused)
-    assert [arrow["where"] for arrow in kept] == [w for w in prompts if w not in {refused["where"] for refused in total.refused}]
+    assert total.rows_in == len(kinds) == len(kept) + total.refused
+    assert [arrow["where"] for arrow in kept] == [where for where in prompts if where not in {row["where"] for row in refused}]
+    assert total.too_long == refused[:10]
     for arrow in kept:
         require_sound(prompts[arrow["where"]], arrow, limit, world.builder.image_id)
         if policy == "skip":
@@ -178,7 +181,7 @@ def test_every_row_is_kept_or_refused_and_every_kept_row_is_sound(world: World, 
 def test_stop_names_the_rows_their_lengths_and_the_knob(world: World) -> None:
     records = records_of([row("Is there?", "Yes."), LONG, row("Is there?", "No."), LONG])
     with pytest.raises(PipelineError, match=r"rows\.jsonl:2 .*rows\.jsonl:4 .*tokenize\.max_tokens") as caught:
-        list(tokenize(iter(records), settings_of(world, max_tokens=40, too_long="stop"), Summary(), workers=1, progress=len_of))
+        list(tokenize(iter(records), tokenizer_of(world, max_tokens=40, too_long="stop"), Summary(), workers=1, progress=len_of))
     assert f"{len(whole_prompt(world).ids)} tokens" in caught.value.line()
 
 
@@ -186,14 +189,14 @@ def test_progress_counts_every_row_that_went_in(world: World, monkeypatch: pytes
     monkeypatch.setattr(tokenization, "CHUNK", 2)
     seen: list[int] = []
     records = records_of([LONG] * 5)
-    list(tokenize(iter(records), settings_of(world, max_tokens=20, too_long="skip"), Summary(), workers=1, progress=seen.append))
+    list(tokenize(iter(records), tokenizer_of(world, max_tokens=20, too_long="skip"), Summary(), workers=1, progress=seen.append))
     assert seen == [2, 2, 1]
 
 
 def test_a_missing_image_names_the_row_and_the_image(world: World) -> None:
     records = records_of([row("Is there?", "Yes."), row("<image>", "A dog.", "dog.png")])
     with pytest.raises(PipelineError, match=r"^rows\.jsonl:2: .*dog\.png"):
-        list(tokenize(iter(records), settings_of(world), Summary(), workers=1, progress=len_of))
+        list(tokenize(iter(records), tokenizer_of(world), Summary(), workers=1, progress=len_of))
 
 
 def test_several_workers_write_the_bytes_of_one(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +207,7 @@ def test_several_workers_write_the_bytes_of_one(tmp_path: Path, world: World, mo
     for workers in (1, 2):
         totals[workers] = Summary()
         batches = tokenize(
-            iter(records), settings_of(world, max_tokens=60, too_long="skip"), totals[workers], workers=workers, progress=len_of
+            iter(records), tokenizer_of(world, max_tokens=60, too_long="skip"), totals[workers], workers=workers, progress=len_of
         )
         write_tokens(tmp_path / f"{workers}.arrow", batches, world.builder.spec())
     assert (tmp_path / "1.arrow").read_bytes() == (tmp_path / "2.arrow").read_bytes()

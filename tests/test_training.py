@@ -1,6 +1,7 @@
 """Training: accumulation changes nothing, what is frozen keeps every byte, runs repeat bit for bit, and it stops before damage."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROWS, World, row
+from accelerate.state import AcceleratorState
+from conftest import PATCHES, ROWS, World, row
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeline.ahead import run_ahead
-from pipeline.batches import plan_epoch
+from pipeline.batches import collate, plan_epoch
+from pipeline.dividing import gather
 from pipeline.errors import PipelineError
 from pipeline.evaluate import heldout_loss
-from pipeline.model import VisionLanguageModel
+from pipeline.model import VisionLanguageModel, hold_frozen_in
 from pipeline.sources import NoFeatures, StoredFeatures
 from pipeline.tokens import TokenTable
 from pipeline.training import Schedule, make_optimizer, plan_work, train
@@ -236,6 +239,63 @@ def test_a_learning_rate_that_explodes_stops_with_finite_weights_and_names_it(wo
     with pytest.raises(PipelineError, match=r"lr 1e\+30.*lower lr"):
         run(world, model, replace(SCHEDULE, lr=1e30, epochs=20, warmup=0.0))
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+
+@pytest.fixture
+def bfloat16() -> Iterator[Accelerator]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_trained_model_computes_in_float32_where_no_one_asks_otherwise(
+    world: World, bfloat16: Accelerator, failing: bool
+) -> None:
+    """accelerate wraps a forward pass in autocast: training must not leave it so, whether it ends or fails."""
+    model, seen = world.model("projector"), []
+    model.projector[0].register_forward_hook(lambda _module, _given, found: seen.append(found.dtype))
+    source = Poisoned(world, float("nan"), 1) if failing else StoredFeatures(world.store, world.table)
+    with pytest.raises(PipelineError) if failing else nullcontext():
+        train(model, world.table, source, SCHEDULE, bfloat16, image_id=world.builder.image_id, name="t")
+    assert set(seen) == {torch.bfloat16}
+    seen.clear()
+    batch = collate(world.table, np.arange(3), image_id=world.builder.image_id, tokens=PATCHES)
+    model(batch, StoredFeatures(world.store, world.table).load(batch.slots))
+    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize("what", ["projector", "projector+ends"])
+def test_what_is_frozen_costs_half_and_comes_back_whole(world: World, bfloat16: Accelerator, what: str) -> None:
+    """Frozen weights in bfloat16, no state for them; those that train stay float32; what is saved has all in float32."""
+    model, fresh = world.model(what), world.model(what)
+    hold_frozen_in(model, torch.bfloat16)
+    kinds = {(p.requires_grad, p.dtype) for p in model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    assert model.language_model.get_output_embeddings().weight is model.language_model.get_input_embeddings().weight
+    assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
+    before, histories = bits(fresh), []
+    for trained in (model, world.model(what)):
+        source, image_id = StoredFeatures(world.store, world.table), world.builder.image_id
+        histories.append(train(trained, world.table, source, SCHEDULE, bfloat16, image_id=image_id, name="t"))
+    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == kinds
+    halved, full = ([row["loss"] for row in history] for history in histories)
+    assert halved == pytest.approx(full, rel=0.02)
+    after = bits(gather(model, fresh))
+    assert changed(before, after) == {name for name, p in fresh.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["projector", "all"])
+def test_compiled_layers_train_the_same_and_are_gone_afterwards(world: World, what: str) -> None:
+    accelerator, source = Accelerator(mixed_precision="no", cpu=True), StoredFeatures(world.store, world.table)
+    plain, model = run(world, world.model(what)), world.model(what)
+    torch._dynamo.utils.counters.clear()
+    history = train(model, world.table, source, SCHEDULE, accelerator, image_id=world.builder.image_id, name="t", compiled=True)
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "one program for all layers, and for all lengths"
+    for here, there in zip(plain, history, strict=True):
+        assert there == pytest.approx(here, rel=1e-4)
+    assert not any("forward" in layer.__dict__ for layer in model.language_model.get_decoder().layers)
 
 
 @pytest.mark.parametrize(("what", "counted"), [("projector", False), ("all", True)])

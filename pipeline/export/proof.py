@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.answering import Conversation, Sampling
-from pipeline.datasets import open_dataset
+from pipeline.datasets import measured_rows, open_dataset
 from pipeline.errors import ARTEFACT, PipelineError
 from pipeline.export.source import Source
 from pipeline.images import decode, digest
@@ -61,7 +61,7 @@ def heldout_rows(dataset: Dataset, count: int) -> list[HeldOut]:
     source = open_dataset(dataset)
     seen: set[bytes] = set()
     rows: list[HeldOut] = []
-    for record in islice((row for row in source.records() if isinstance(row, Record)), SCAN):
+    for record in islice(measured_rows(dataset, source), SCAN):
         files = [source.images.read(name) for name in record.images]
         keys = {digest(data) for data in files}
         if keys - seen:

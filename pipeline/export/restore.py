@@ -50,7 +50,7 @@ def restore_model(folder: Path, out: Path, *, encoder: Path | None = None) -> st
     vision = manifest.vision
     return (
         f"{out}: {manifest.projector['kind']} projector and language model of {folder}; "
-        f"encoder {vision['model']}, vision.layer {vision['layer']}"
+        f"encoder {vision['model']}, vision.layer {vision['layer']}; to train on: sft.start: {out}"
     )
 
 

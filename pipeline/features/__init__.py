@@ -17,6 +17,7 @@ import torch
 
 from pipeline.errors import ARTEFACT, PipelineError, brief
 from pipeline.files import to_json
+from pipeline.mapping import RowMap
 from pipeline.rows import Float16Rows, Rows
 from pipeline.shards import Shard
 
@@ -34,7 +35,7 @@ class ShardSet:
     def __init__(self, shards: Sequence[Shard], rows: Rows) -> None:
         self.shards, self.rows = shards, rows
         self.starts = np.cumsum([0, *(len(shard) for shard in shards)])
-        self._flat = [shard.stored.reshape(len(shard), -1) for shard in shards]
+        self._map = RowMap([(shard.path, shard.offset) for shard in shards], rows.shape, rows.dtype) if shards else None
         self._verified = np.zeros(len(self), bool)
         self._announce = LOOK_AGAIN
 
@@ -45,7 +46,7 @@ class ShardSet:
         """Row numbers int64 [n] of images uint8 [n, 32]; -1 where an image is not here."""
         stored = pa.chunked_array([as_arrow(shard.hashes) for shard in self.shards], pa.binary(32))
         found = pc.index_in(as_arrow(hashes), value_set=stored)
-        return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+        return found.fill_null(-1).to_numpy().astype(np.int64)
 
     def read(self, rows: np.ndarray) -> torch.Tensor:
         """Patch features float16 [n, P, Dv] of rows [n], in that order, in fresh memory."""
@@ -76,11 +77,10 @@ class ShardSet:
         began = time.perf_counter()
         owner = self._owners(rows)
         inner = rows - self.starts[owner]
-        if len(rows) and (owner == owner[0]).all():
-            np.take(self.shards[owner[0]].stored, inner, axis=0, out=out, mode="clip")
-        elif len(rows):
-            for target, number, row in zip(out.reshape(len(out), -1), owner.tolist(), inner.tolist(), strict=True):
-                target[:] = self._flat[number][row]  # a row is hundreds of kilobytes in one piece
+        if self._map and len(rows):
+            if rows.min() < 0 or rows.max() >= len(self):
+                raise IndexError("no such row")
+            np.take(self._map.rows, self._map.first[owner] + inner, axis=0, out=out, mode="clip")
         for i in np.flatnonzero(~self._verified[rows]).tolist():  # once a row and process
             self.shards[owner[i]].check(int(inner[i]), out[i])
             self._verified[rows[i]] = True

@@ -58,6 +58,8 @@ def _info(folder: Path) -> None:
     table.add_column("encoder")
     table.add_column("")
     table.add_row("row", f"[{store.tokens}, {store.width}] float16")
+    if errors := [shard.relative_error for shard in store.shards if shard.relative_error is not None]:
+        table.add_row("distance from float32", f"{max(errors):.2g} of a row's norm")
     for key, value in sorted(store.spec.items()):
         table.add_row(key, value if isinstance(value, str) else json.dumps(value, sort_keys=True))
     Console(width=120).print(table)

@@ -13,13 +13,14 @@ from pipeline.formats.detect import FORMATS, detect
 from pipeline.formats.policy import RowPolicy
 from pipeline.formats.row import BadRow
 from pipeline.formats.source import Mixture, Source, SourceSpec, open_source
-from pipeline.formats.split import Digests, Split
+from pipeline.formats.split import Digests, GoodImages, Split, readable
 
 __all__ = [
     "FORMATS",
     "BadRow",
     "Columns",
     "Digests",
+    "GoodImages",
     "Mixture",
     "RowPolicy",
     "Source",
@@ -27,4 +28,5 @@ __all__ = [
     "Split",
     "detect",
     "open_source",
+    "readable",
 ]

@@ -19,8 +19,11 @@ TURN_KEYS = ("messages", "conversations")
 IMAGE_KEYS = ("images", "image", "image_bytes", "image_path", "file_name")
 TEXT_KEYS = ("text", "caption", "txt")
 OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_OTHER_MEDIA = frozenset(OTHER_MEDIA)
+_USUAL_TURN = {"role", "content"}
 UNREAD_IN_TURN = ("tool_calls", "function_call", "functions", "tools", "reasoning_content", "refusal", "audio")
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_PLAIN_ROLES = ("system", "user", "assistant")
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -78,9 +81,10 @@ class _Build:
 
 def build(content: dict[str, Any], reading: Reading, *, where: str) -> tuple[tuple[Turn, ...], list[Any]]:
     """A row's turns and its pictures in slot order, each as the row has it; raises `PipelineError` naming what is wrong."""
-    for key in OTHER_MEDIA:
-        if content.get(key):
-            raise bad_row(f"has {key!r}, which is not read", where)
+    if not _OTHER_MEDIA.isdisjoint(content):
+        for key in OTHER_MEDIA:
+            if content.get(key):
+                raise bad_row(f"has {key!r}, which is not read", where)
     messages = _pick(content, reading.columns.turns, TURN_KEYS, "turns", where)
     pictures = _pick(content, reading.columns.images, IMAGE_KEYS, "images", where)
     work = _Build(where, listed(pictures, where, part_at_commas=messages is not None), [])
@@ -98,11 +102,11 @@ def build(content: dict[str, Any], reading: Reading, *, where: str) -> tuple[tup
 
 def _pick(content: dict[str, Any], named: str, usual: tuple[str, ...], kind: str, where: str) -> Any:
     """The value under the column that the user named, or under the one usual key that is there; None without any."""
-    found = {key: content[key] for key in ((named,) if named else usual) if content.get(key) is not None}
-    full = {key: value for key, value in found.items() if value not in ("", [])}
+    found = [key for key in ((named,) if named else usual) if content.get(key) is not None]
+    full = [key for key in found if content[key] not in ("", [])] if len(found) > 1 else found
     if len(full) > 1:
-        raise bad_row(f"has {_list(list(full))}: which one counts?", where, f"set columns.{kind}")
-    return next(iter((full or found).values()), None)
+        raise bad_row(f"has {_list(full)}: which one counts?", where, f"set columns.{kind}")
+    return content[(full or found)[0]] if found else None
 
 
 def _list(names: list[str]) -> str:
@@ -133,7 +137,8 @@ def _conversation(messages: Any, work: _Build) -> list[Turn]:
     for position, message in enumerate(messages):
         if not isinstance(message, dict):
             raise bad_row(f"turn {position}: expected an object, got {type(message).__name__}", work.where)
-        message = {key: value for key, value in message.items() if value is not None}
+        if None in message.values():
+            message = {key: value for key, value in message.items() if value is not None}
         role, content = _speaker(message, position, work.where)
         turns.append(_turn(role, content, position, work))
     return _join_questions(turns) if work.has_parts else turns
@@ -141,6 +146,8 @@ def _conversation(messages: Any, work: _Build) -> list[Turn]:
 
 def _speaker(message: dict[str, Any], position: int, where: str) -> tuple[str, Any]:
     """Role and content in either spelling; raises for one that carries more than is read."""
+    if message.keys() == _USUAL_TURN and message["role"] in _PLAIN_ROLES:
+        return message["role"], message["content"]
     if extra := next((key for key in UNREAD_IN_TURN if message.get(key)), None):
         raise bad_row(f"turn {position}: has {extra!r}, which is not read", where)
     if message.get("weight", 1) != 1:
@@ -161,17 +168,19 @@ def _turn(role: str, content: Any, position: int, work: _Build) -> Turn:
         work.has_parts = True
         parts = _join_texts([piece for part in content for piece in _part(part, role, position, work)])
     elif isinstance(content, str):
-        parts = split_placeholders(content, len(work.shown))[0] if role == "user" else (content,)
-        for _ in range(sum(isinstance(part, ImageSlot) for part in parts)):
-            _take(work)
+        parts = (content,)
+        if role == "user":
+            parts, slots = split_placeholders(content, len(work.shown))
+            for _ in range(slots - len(work.shown)):
+                _take(work)
     else:
         raise bad_row(f"turn {position}: content is {type(content).__name__}, expected text", work.where)
-    texts = [part for part in parts if isinstance(part, str)]
-    if any(is_half_surrogate(text) for text in texts):
+    said = content if isinstance(content, str) else "".join([part for part in parts if isinstance(part, str)])
+    if is_half_surrogate(said):
         raise bad_row(f"turn {position}: content is not UTF-8 or has half a surrogate pair", work.where)
-    if role == "assistant" and not "".join(texts).strip():
+    if role == "assistant" and (not said or said.isspace()):
         raise bad_row(f"turn {position}: the answer is empty", work.where)
-    return Turn(role, parts if role == "user" else ("".join(texts),))
+    return Turn(role, parts if role == "user" else (said,))
 
 
 def _take(work: _Build) -> ImageSlot:

@@ -1,5 +1,6 @@
 """JSON lines: one object a line. A line that is broken, too long or not UTF-8 is a bad row; its neighbours are not."""
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -36,6 +37,10 @@ def parse_object(text: str, *, where: str) -> dict[str, Any]:
     return content
 
 
+def _text(line: bytes) -> str:
+    return line.decode("utf-8-sig" if line.startswith(BOM_UTF8) else "utf-8")  # the first is many times slower
+
+
 class JsonLines:
     """A file of JSON lines; a row's key is its offset in bytes."""
 
@@ -52,7 +57,7 @@ class JsonLines:
                     yield BadRow(self.file, number, f"longer than {MAX_ROW >> 20} MiB")
                 elif line.strip():
                     try:
-                        yield Row(self.file, number, parse_object(line.decode("utf-8-sig"), where=""), offset)
+                        yield Row(self.file, number, parse_object(_text(line), where=""), offset)
                     except (PipelineError, UnicodeDecodeError) as error:
                         what = error.what if isinstance(error, PipelineError) else f"not UTF-8: {brief(error)}"
                         yield BadRow(self.file, number, what)
@@ -62,6 +67,6 @@ class JsonLines:
         with open(self.file, "rb") as file:
             file.seek(key)
             try:
-                return parse_object(file.readline(MAX_ROW + 1).decode("utf-8-sig"), where=where)
+                return parse_object(_text(file.readline(MAX_ROW + 1)), where=where)
             except (PipelineError, UnicodeDecodeError):
                 raise ImageError("no row begins here any more", where=where, remedy="run the stage again") from None

@@ -99,6 +99,8 @@ def name_of(value: Any, slot: int, file: str, key: int | None, files: frozenset[
 
 def _split(name: str, files: frozenset[str]) -> tuple[str, int, int] | None:
     """File, key and slot of a picture within a row; None for a name within the image root."""
+    if "#" not in name:
+        return None
     file, _, place = name.rpartition("#")
     found = _KEY.fullmatch(place)
     return (file, int(found[1]), int(found[2])) if file in files and found else None
@@ -131,6 +133,10 @@ class Pictures:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._made_from
+
+    def place(self, name: str) -> str:
+        """What messages call one image: the folder or zip and its name there; within a row its name says all."""
+        return name if self._root is None or _split(name, self._files) else self._root.place(name)
 
     def read(self, name: str) -> bytes:
         """The bytes of one image; raises `ImageError` naming it."""

@@ -62,23 +62,31 @@ class RowPolicy:
         """The records among `rows`, in order; raises `PipelineError` behind the last row under "stop", and for a file that
         cannot be read to its end."""
         for row in rows:
-            if isinstance(row, Record):
-                self.good += 1
-                if not (self.bad and self._on_error == "stop"):
-                    yield row
+            if isinstance(row, BadRow):
+                self.reject(row)
                 continue
-            self.bad += row.rows
-            if len(self.first) < SHOWN:
-                self.first.append(row)
-            if self._writer is not None:
-                self._writer.writerow((row.file, row.row, row.rows, row.reason, row.remedy))
-            if row.ends_file:
-                raise PipelineError(row.reason, where=row.where, remedy=row.remedy, code=BAD_ROWS)
-        if self.bad and self._on_error == "stop":
-            raise self._too_many("mend or remove them, or set data.on_error to skip")
+            self.good += 1
+            if not (self.bad and self._on_error == "stop"):
+                yield row
+        self._stop_if_asked()
+
+    def reject(self, row: BadRow) -> None:
+        """Count and list one bad row; raises `PipelineError` for the last row of a file that cannot be read to its end."""
+        self.bad += row.rows
+        if len(self.first) < SHOWN:
+            self.first.append(row)
+        if self._writer is not None:
+            self._writer.writerow((row.file, row.row, row.rows, row.reason, row.remedy))
+        if row.ends_file:
+            raise PipelineError(row.reason, where=row.where, remedy=row.remedy, code=BAD_ROWS)
+
+    def accept(self, rows: int) -> None:
+        """Count good rows that did not go through `keep`."""
+        self.good += rows
 
     def finish(self, *, where: str) -> None:
         """Raises `PipelineError` when nothing is left, or more rows are bad than allowed: both figures and the first ten."""
+        self._stop_if_asked()
         rows = self.good + self.bad
         if not rows:
             raise PipelineError("no rows", where=where, remedy="set data.*.records", code=BAD_ROWS)
@@ -86,6 +94,10 @@ class RowPolicy:
             raise self._too_many("mend them: no row is left")
         if self.bad > self._max_bad_share * rows:
             raise self._too_many(f"mend them, or raise data.max_bad_share, which is {self._max_bad_share:.1%}")
+
+    def _stop_if_asked(self) -> None:
+        if self.bad and self._on_error == "stop":
+            raise self._too_many("mend or remove them, or set data.on_error to skip")
 
     def _too_many(self, remedy: str) -> PipelineError:
         rows = self.good + self.bad

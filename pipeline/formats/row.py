@@ -6,7 +6,7 @@ a value, never an exception, so that whoever reads decides what it costs.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pipeline.errors import PipelineError
 
@@ -39,8 +39,7 @@ class BadRow:
         return PipelineError(self.reason, where=self.where, remedy=self.remedy).line()
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A row as its file spells it: `content` by key or column; `key` finds it again, None where it cannot be."""
 
     file: str

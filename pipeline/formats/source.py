@@ -38,6 +38,7 @@ class SourceSpec:
         split, revision: of a hub data set.
         limit: the first records only; 0 = all.
         weight: how often each row is taken, in a mixture: 2 = twice, 0.25 = a seeded quarter of them.
+        name: what messages call it; "" = its (first) records.
     """
 
     records: str | tuple[str, ...]
@@ -50,6 +51,7 @@ class SourceSpec:
     revision: str = ""
     limit: int = 0
     weight: float = 1.0
+    name: str = ""
 
 
 def open_reader(formats: dict[str, str], wanted: frozenset[str], file: str) -> Reader:
@@ -92,7 +94,7 @@ class Source:
                 raise PipelineError(f"cannot be read: {error.strerror or brief(error)}", where=reader.file) from None
             if names is not None:
                 spec.columns.check(names, reader.file)
-        label = spec.records if isinstance(spec.records, str) else spec.records[0]
+        label = spec.name or (spec.records if isinstance(spec.records, str) else spec.records[0])
         self.images = Pictures(label, _image_root(spec, self.formats), self._files, opened, partial(_pictures_of, self._reading))
 
     def records(self) -> Iterator[Record | BadRow]:
@@ -108,9 +110,10 @@ class Source:
 
     def _record(self, row: Row) -> Record | BadRow:
         try:
-            turns, pictures = build(row.content, self._reading, where=row.where)
-            names = (name_of(value, slot, row.file, row.key, self._files, row.where) for slot, value in enumerate(pictures))
-            return Record(row.where, tuple(names), turns)
+            where = row.where
+            turns, pictures = build(row.content, self._reading, where=where)
+            names = [name_of(value, slot, row.file, row.key, self._files, where) for slot, value in enumerate(pictures)]
+            return Record(where, tuple(names), turns)
         except PipelineError as error:
             return BadRow(row.file, row.row, error.what, error.remedy)
 
@@ -158,26 +161,34 @@ class Mixture:
     """Several data sets as one, in their order, each row as often as its source's weight says.
 
     A fraction of a weight is drawn for each row by a hash of seed, source and row, so that the draw of a row does not
-    depend on the other rows. Images are named `SOURCE:NAME`, sources numbered from 0.
+    depend on the other rows. Images are named `SOURCE:NAME`, sources numbered from 0. `counts` says of the sources that
+    have been read to their end how many rows they have, bad ones included, and how many were taken.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
         self.sources, self._seed = list(sources), seed
         self.images = MixedPictures([source.images for source in sources])
+        self.counts: dict[str, tuple[int, int]] = {}
         for source in sources:
             if not (math.isfinite(source.spec.weight) and source.spec.weight > 0):
                 raise PipelineError(f"weight {source.spec.weight}, expected more than 0", where=source.images.path)
 
     def records(self) -> Iterator[Record | BadRow]:
         """Every record as often as it is drawn, which may be never; every bad row once."""
+        self.counts = {}
         for number, source in enumerate(self.sources):
+            rows = taken = 0
             for row in source.records():
+                rows += row.rows if isinstance(row, BadRow) else 1
                 if isinstance(row, BadRow):
                     yield row
                     continue
                 named = replace(row, images=tuple(f"{number}:{name}" for name in row.images))
-                for _ in range(self.times(number, row.where)):
+                times = self.times(number, row.where)
+                taken += times
+                for _ in range(times):
                     yield named
+            self.counts[source.images.path] = rows, taken
 
     def times(self, number: int, where: str) -> int:
         """How often the row at `where` of source `number` is taken."""
@@ -191,12 +202,21 @@ class MixedPictures:
     def __init__(self, parts: list[Pictures]) -> None:
         self.path, self._parts = ", ".join(part.path for part in parts), parts
 
+    def place(self, name: str) -> str:
+        """What messages call one image: where it lies, not its source's number."""
+        part, rest = self._part(name)
+        return part.place(rest)
+
     def read(self, name: str) -> bytes:
         """The bytes of one image; raises `ImageError` naming it."""
+        part, rest = self._part(name)
+        return part.read(rest)
+
+    def _part(self, name: str) -> tuple[Pictures, str]:
         number, colon, rest = name.partition(":")
         if not colon or not number.isdecimal() or len(number) > 9 or int(number) >= len(self._parts):
             raise ImageError("no such source", where=f"{self.path}: {name!r}")
-        return self._parts[int(number)].read(rest)
+        return self._parts[int(number)], rest
 
 
 def draw(key: bytes) -> float:

@@ -227,6 +227,7 @@ def _report_import(
     wanted = [f"llm.model: {out}", f"llm.image_token: '{image_token}'"] + (
         [f"projector.kind: {projector.kind}"] if projector else []
     )
+    wanted += [f"sft.start: {out}"] if as_checkpoint else []
     lines.append(f"for params.yaml: {', '.join(wanted)}")
     if not has_tokenizer:
         lines.append(f"still needed: a tokenizer with a chat template in {out} -> --tokenizer FOLDER")

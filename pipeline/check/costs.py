@@ -1,0 +1,105 @@
+"""What extraction will cost: features on disk from the encoder's shape, seconds from a measured sample or the last run."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from pipeline.errors import PipelineError, brief
+from pipeline.hardware import pick_device, use_fast_float32
+from pipeline.params import LanguageModel, Params
+from pipeline.rows import Float16Rows, Int8Rows, Rows
+from pipeline.shards import row_bytes
+from pipeline.vision import Encoder
+
+CHEAP = 500_000_000  # bytes of weights up to which the encoder is loaded to be timed
+BATCHES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Patches an image (P), their width (Dv), bytes of a row of the feature store, its number format."""
+
+    tokens: int
+    width: int
+    row: int
+    storage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Images a second, and where the figure is from."""
+
+    images: float
+    source: str
+
+
+def encoder_shape(params: Params, meta: Path = Path("data/features_meta.json")) -> Shape:
+    """From the encoder's configuration, or from the last extraction; raises `PipelineError` when neither is there."""
+    vision = params.vision
+    try:
+        config: Any = AutoConfig.from_pretrained(vision.model, revision=vision.revision or "main", trust_remote_code=False)
+        config = getattr(config, "vision_config", config)
+        tokens, width = (config.image_size // config.patch_size) ** 2, config.hidden_size
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        try:
+            found = json.loads(meta.read_text(encoding="utf-8"))
+            tokens, width = int(found["tokens"]), int(found["width"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise PipelineError(f"cannot load {vision.model}: {brief(error)}", where="vision.model") from None
+    rows: Rows = Float16Rows(tokens, width)
+    if vision.storage == "int8":
+        rows = Int8Rows(tokens, np.zeros(width), np.ones(width))
+    return Shape(tokens, width, row_bytes(rows), vision.storage)
+
+
+def context_of(llm: LanguageModel) -> int | None:
+    """The most tokens that the language model was made for; None where its configuration does not say."""
+    try:
+        config: Any = AutoConfig.from_pretrained(llm.model, revision=llm.revision or "main", trust_remote_code=False)
+        found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def extraction_rate(params: Params, samples: list[bytes], metrics: Path = Path("metrics/extract.json")) -> Rate | None:
+    """Measured on `samples` where the encoder is small and at hand, else that of the last run of extract, else None."""
+    weights = sum(file.stat().st_size for file in Path(params.vision.model).glob("*.safetensors"))
+    if samples and 0 < weights <= CHEAP:
+        try:
+            return _measure(params, samples)
+        except PipelineError:  # the figures stand without it; extract will say what is wrong with the encoder
+            pass
+    try:
+        found = float(json.loads(metrics.read_text(encoding="utf-8"))["images_per_second"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Rate(found, f"as in the last extract, {metrics}") if found > 0 else None
+
+
+def _measure(params: Params, samples: list[bytes]) -> Rate:
+    """Decoding and encoding timed apart: in the stage one hides behind the other."""
+    vision, runtime = params.vision, params.runtime
+    use_fast_float32()
+    encoder = Encoder(
+        vision.model, revision=vision.revision, layer=vision.layer, precision=vision.precision, storage=vision.storage,
+        device=pick_device(runtime.device), batch=runtime.extract_batch,
+    )  # fmt: skip
+    began = time.perf_counter()
+    pixels = [encoder.preprocess(data, where="sample") for data in samples]
+    decoding = (time.perf_counter() - began) / len(samples) / max(1, runtime.workers)
+    batch = torch.from_numpy(np.stack([pixels[i % len(pixels)] for i in range(encoder.batch)]))
+    names = ["sample"] * encoder.batch
+    encoder.encode_rows(batch, names)
+    began = time.perf_counter()
+    for _ in range(BATCHES):
+        encoder.encode_rows(batch, names)
+    encoding = (time.perf_counter() - began) / (BATCHES * encoder.batch)
+    seconds = max(decoding, encoding) if runtime.workers else decoding + encoding
+    return Rate(1 / max(seconds, 1e-9), f"measured on {len(samples)} of these pictures")

@@ -1,0 +1,84 @@
+"""Rows that lie in many files, mapped into memory as one array, so that a batch is gathered by a single call.
+
+Files are mapped behind each other at addresses a whole number of rows apart. Between them lies address space that nobody
+owns, which costs nothing; reading there would end the process, so only numbers that `first` leads to may be asked for.
+"""
+
+import ctypes
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+from math import gcd
+from pathlib import Path
+
+import numpy as np
+
+HUGE = 2**21  # a file whose address is a multiple of this is mapped in large pages where the kernel holds it in such
+MOST = 2**45  # bytes of address space; processors have 2**47 and more
+MAP_FIXED, PROT_NONE, FAILED = 0x10, 0, ctypes.c_void_p(-1).value
+
+
+class RowMap:
+    """Files whose rows begin at some offset, as one array.
+
+    Attributes:
+        rows: dtype [V, *shape], read-only; valid at `first[i]` .. `first[i]` + the i-th file's rows, and nowhere else.
+        first: int64 [files].
+    """
+
+    def __init__(self, parts: Sequence[tuple[Path, int]], shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """`parts`: each file and the offset of its first row, a multiple of the dtype's size. Raises `OSError`."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        lengths = [path.stat().st_size for path, _ in parts]
+        places, total = _place([offset for _, offset in parts], lengths, size, HUGE)
+        if total > MOST:
+            places, total = _place([offset for _, offset in parts], lengths, size, mmap.ALLOCATIONGRANULARITY)
+        start = _mmap(None, total + HUGE, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANON, -1)
+        weakref.finalize(self, _libc().munmap, start, total + HUGE)
+        base = -(-start // HUGE) * HUGE
+        for (path, _), place, length in zip(parts, places, lengths, strict=True):
+            with path.open("rb") as file:
+                _mmap(base + place, length, mmap.PROT_READ, mmap.MAP_SHARED | MAP_FIXED, file.fileno())
+        zero = places[0] + parts[0][1]
+        count = (total - zero) // size
+        self.first = np.array([(place + offset - zero) // size for place, (_, offset) in zip(places, parts, strict=True)])
+        held = (ctypes.c_uint8 * (count * size)).from_address(base + zero)
+        self.rows = np.ctypeslib.as_array(held).view(dtype).reshape(count, *shape)
+        self.rows.flags.writeable = False
+
+
+def _place(offsets: list[int], lengths: list[int], size: int, step: int) -> tuple[list[int], int]:
+    """Where each file goes, multiples of `step` such that all rows lie whole rows of `size` apart; and the end of all.
+
+    Where that cannot be with this step, a page's is taken: offsets are multiples of a page, which always can.
+    """
+    common = gcd(step, size)
+    if any((offset - offsets[0]) % common for offset in offsets):
+        return _place(offsets, lengths, size, mmap.ALLOCATIONGRANULARITY)
+    inverse, end = pow(step // common, -1, size // common), 0
+    places: list[int] = []
+    for offset, length in zip(offsets, lengths, strict=True):
+        place = -(-end // step) * step
+        if places:
+            away = (places[0] + offsets[0] - offset - place) // common
+            place += away * inverse % (size // common) * step
+        places.append(place)
+        end = place + length
+    return places, end
+
+
+def _mmap(address: int | None, length: int, protection: int, flags: int, handle: int) -> int:
+    found = _libc().mmap(address, length, protection, flags, handle, 0)
+    if found == FAILED:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return int(found)
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    return libc

@@ -1,0 +1,124 @@
+"""The parts of a training stage, as params name them: encoder, prompt builder, model, and where features come from."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from pipeline import checkpoint
+from pipeline.datasets import open_dataset
+from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.features import FeatureStore
+from pipeline.hardware import pick_attention
+from pipeline.model import VisionLanguageModel, build_projector, hidden_size, load_language_model
+from pipeline.packing import NAME as PACKED
+from pipeline.packing import can_pack
+from pipeline.params import Dataset, StageParams, Training
+from pipeline.sharing import Sharing, find_sharing, sliding_window
+from pipeline.sources import FeatureSource, LiveFeatures, StoredFeatures
+from pipeline.text import PromptBuilder
+from pipeline.tokens import TokenTable
+from pipeline.vision import Encoder
+
+FEATURES = Path("data/features")
+
+
+def make_encoder(params: StageParams, device: torch.device) -> Encoder:
+    """The frozen encoder of `vision`."""
+    vision, runtime = params.vision, params.runtime
+    return Encoder(
+        vision.model,
+        revision=vision.revision,
+        layer=vision.layer,
+        precision=vision.precision,
+        storage=vision.storage,
+        device=device,
+        batch=runtime.extract_batch,
+    )
+
+
+def make_builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> PromptBuilder:
+    """The builder of `llm`; raises `PipelineError` for a table that another one made."""
+    llm = params.llm
+    builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=encoder.tokens)
+    for table in tables:
+        if table.spec != builder.spec():
+            raise PipelineError(
+                f"was made for another tokenizer, template or encoder than {llm.model}",
+                where=str(table.path),
+                remedy="dvc repro tokenize",
+                code=ARTEFACT,
+            )
+    return builder
+
+
+def make_model(
+    params: StageParams, training: Training, encoder: Encoder, precision: str, start: Path | None
+) -> VisionLanguageModel:
+    """Frozen weights are held in bfloat16 where the hardware computes in it; weights that train stay float32."""
+    frozen = training.train == "projector" and precision == "bfloat16"
+    dtype = torch.bfloat16 if frozen else torch.float32
+    kind = params.projector.kind
+    if start is None:
+        language_model = load_language_model(params.llm.model, revision=params.llm.revision, dtype=dtype)
+        projector = build_projector(kind, encoder.width, hidden_size(language_model))
+        return VisionLanguageModel(projector, language_model)
+    return checkpoint.load(start, dtype=dtype)[0]
+
+
+def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, start: Path) -> None:
+    """A start may come from elsewhere, by an import: what it was trained with must be what params name."""
+    manifest, llm = checkpoint.read_manifest(start), params.llm
+    vision, kind, trained, found = manifest.vision, manifest.projector["kind"], manifest.vision["spec"], encoder.spec()
+    differ = sorted(key for key in {*trained, *found} - {"precision"} if found.get(key) != trained.get(key))
+    problem = remedy = ""
+    if kind != params.projector.kind:
+        problem, remedy = f"has a {kind} projector", f"set projector.kind: {kind}"
+    elif differ:
+        problem = f"was trained on other features than {params.vision.model} gives ({', '.join(differ)})"
+        stored = trained.get("storage", "float16")
+        remedy = f"set vision.model: {vision['model']}, vision.layer: {vision['layer']}, vision.storage: {stored}"
+    elif not manifest.own_llm and (manifest.llm["model"], manifest.llm["revision"]) != (llm.model, llm.revision):
+        problem, remedy = f"was trained for {manifest.llm['model']}", f"set llm.model: {manifest.llm['model']}"
+    elif manifest.own_llm:
+        own = PromptBuilder(str(start), image_token=llm.image_token, tokens=encoder.tokens)
+        if own.tokenizer.get_vocab() != builder.tokenizer.get_vocab():
+            problem, remedy = f"its vocabulary is not that of {llm.model}", f"set llm.model: {start}"
+    if problem:
+        remedy = "dvc repro pretrain" if start == Path("models/pretrain") else remedy
+        raise PipelineError(problem, where=str(start), remedy=remedy, code=ARTEFACT)
+
+
+def open_sources(
+    features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Dataset], ...], cache: int
+) -> list[FeatureSource]:
+    """Where the pictures' features of each table come from: `features` is stored or live, `cache` bytes for live ones."""
+    if features == "live":
+        return [LiveFeatures(encoder, open_dataset(dataset).images, table, cache_bytes=cache) for table, dataset in tables]
+    store = FeatureStore(FEATURES)
+    store.check_encoder(encoder.spec())
+    return [StoredFeatures(store, table, encoder.device) for table, _ in tables]
+
+
+def choose_sharing(
+    training: Training, model: VisionLanguageModel, table: TokenTable, name: str, accelerator: Accelerator
+) -> Sharing | None:
+    """Which rows share their beginning, where params ask for it and the language model can have it."""
+    if not training.share_images:
+        return None
+    config = model.language_model.config
+    window = sliding_window(config)
+    if window is not None or getattr(config, "router_aux_loss_coef", None) is not None:
+        kind = "attends to a sliding window" if window is not None else "has a router that counts tokens"
+        raise PipelineError(f"{config.model_type} {kind}", where=f"{name}.share_images", remedy=f"set {name}.share_images: false")
+    sharing = find_sharing(table)
+    shared = f"{len(table):,} rows share {sharing.group.max() + 1:,} beginnings, {sharing.rows_a_group:.1f} each"
+    accelerator.print(f"{name}: {shared}", flush=True)
+    return sharing
+
+
+def choose_attention(model: VisionLanguageModel, device: torch.device, longest: int) -> str:
+    """The name of the attention to train and measure with; the longest row has `longest` tokens."""
+    config = model.language_model.config
+    packed = can_pack(config, device) and not model.router_trains  # a router counts tokens of rows that are its own
+    return PACKED if packed else pick_attention(device, longest, config.model_type)

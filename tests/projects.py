@@ -1,0 +1,70 @@
+"""A project's folder around the tests' tiny models, in which the stages run as they are, in this process."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from conftest import World
+
+from pipeline.params import Params, StageParams, check, override, read_yaml
+from pipeline.tokens import TokenTable
+from stages import extract, pretrain, sft, tokenize
+
+ROOT = Path(__file__).parent.parent
+MAIN = {"extract": extract.main, "tokenize": tokenize.main, "pretrain": pretrain.main, "sft": sft.main}
+TINY = [
+    "llm.model=data/models/llm", "vision.model=data/models/clip", "vision.precision=float32", "vision.shard_rows=4",
+    "runtime.device=cpu", "runtime.workers=0", "runtime.extract_batch=4", "pretrain.precision=float32",
+    "sft.precision=float32", "pretrain.epochs=1", "pretrain.batch_size=4", "sft.batch_size=4", "evaluate.max_new_tokens=2",
+]  # fmt: skip
+
+
+class Project:
+    """The folder the test runs in: data/mine/{pretrain,sft,heldout}.jsonl over data/mine/pictures."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.folder, self.pictures = folder, folder / "data/mine/pictures"
+        (folder / "data/models").mkdir(parents=True)
+        (folder / "data/models/clip").symlink_to(world.clip.name)
+        (folder / "data/models/llm").symlink_to(world.llm)
+        self.pictures.mkdir(parents=True)
+        self.content = read_yaml(ROOT / "params.yaml")
+        for name in ("pretrain", "sft", "heldout"):
+            self.content["data"][name] |= {"records": f"data/mine/{name}.jsonl", "images": "data/mine/pictures"}
+        override(self.content, TINY)
+
+    def set(self, *assignments: str) -> None:
+        override(self.content, list(assignments))
+
+    def write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        path = self.folder / "data/mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    @property
+    def params(self) -> Params:
+        return check(self.content, where="params.yaml")
+
+    def run(self, *stages: str) -> dict[str, Any]:
+        """The figures of the last of `stages`, each with the params that dvc.yaml lists for it."""
+        listed = read_yaml(ROOT / "dvc.yaml")["stages"]
+        figures: dict[str, Any] = {}
+        for name in stages:
+            figures = MAIN[name](StageParams(self.params, frozenset(listed[name]["params"]) | {"runtime"}, name))
+        return figures
+
+    def table(self, name: str) -> TokenTable:
+        return TokenTable(self.folder / f"data/tokens/{name}.arrow")
+
+    def listed(self, file: str) -> list[dict[str, str]]:
+        """The rows of a table of what was rejected."""
+        with (self.folder / "data" / file).open(encoding="utf-8", newline="") as text:
+            return list(csv.DictReader(text))
+
+    def outputs(self) -> dict[str, bytes]:
+        """Every byte that the stages wrote under data."""
+        found = [path for name in ("features", "tokens") for path in (self.folder / "data" / name).glob("*")]
+        found += (self.folder / "data").glob("features_*")
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in found}
