@@ -106,7 +106,7 @@ def training_loop(folder: Path) -> Iterator[Epoch]:
 
     def epoch(batches: Sequence[np.ndarray], _out: np.ndarray) -> Iterator[np.ndarray]:
         announced = run_ahead(batches, prepare, depth=THREADS + 1)
-        prepared = run_ahead((rows for rows, _ in announced), source.load, depth=THREADS + 1, threads=THREADS)
+        prepared = run_ahead((rows for rows, _ in announced), source.load, depth=THREADS, threads=THREADS)
         for _, loaded in prepared:
             yield source.features(loaded).numpy()
 

@@ -40,6 +40,7 @@ class RowMap:
         for (path, _), place, length in zip(parts, places, lengths, strict=True):
             with path.open("rb") as file:
                 _mmap(base + place, length, mmap.PROT_READ, mmap.MAP_SHARED | MAP_FIXED, file.fileno())
+            _libc().madvise(base + place, length, mmap.MADV_RANDOM)  # read-around would fetch eight times a row
         zero = places[0] + parts[0][1]
         count = (total - zero) // size
         self.first = np.array([(place + offset - zero) // size for place, (_, offset) in zip(places, parts, strict=True)])
@@ -80,5 +81,6 @@ def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     return libc

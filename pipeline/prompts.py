@@ -132,7 +132,7 @@ class Layout:
         prompt_of = np.repeat(np.arange(len(self.ends)), np.diff(image_bounds))
         shown = np.lexsort((_places(self.slots), prompt_of))  # a record's images in their own order
         images = starts[_places(self.images)][shown] - bounds[prompt_of]
-        ids = np.frombuffer(b"".join(self.segments), ID)
+        ids = np.frombuffer(bytearray().join(self.segments), ID)  # writable, as torch wants it
         return Prompts(ids, bounds, spans.astype(ID), span_bounds, images.astype(ID), image_bounds)
 
 

@@ -1,4 +1,4 @@
-"""Stage 2's work: a data set's records -> its token table, streaming, in order, in parallel when asked.
+"""Stage 2's work: a data set's records -> its token table, streaming, in order, by several threads.
 
 Here it is decided which rows are used: those whose pictures can be read and decoded, on their side of a held-out part.
 Rows that are too long are cut, skipped or stop the stage, as the parameter says; what is refused is listed by file and
@@ -6,6 +6,7 @@ line with the reason. An image is never cut, and a row always keeps at least one
 """
 
 import gc
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ from pipeline.tokens import SCHEMA
 CHUNK = 256  # records a task: what becomes of them on the way fits in a processor's cache
 BATCH = 4  # tasks an Arrow record batch
 TOO_LONG = "raise tokenize.max_tokens or shorten the row"
+_OWN_THREADS = "TOKENIZERS_PARALLELISM"
 
 
 @dataclass(slots=True)
@@ -218,21 +220,31 @@ def _chunks(rows: Iterator[Record] | Iterator[Record | BadRow]) -> Iterator[Sequ
 
 
 @contextmanager
-def _cycles_sought_rarely() -> Iterator[None]:
-    """Rows hold no cycles, and looking for some after every 700 new objects costs a sixth of the time."""
-    before = gc.get_threshold()
-    gc.set_threshold(before[0] and max(before[0], 100_000), *before[1:])  # 0 = never
+def _undisturbed(workers: int) -> Iterator[None]:
+    """Two habits of the process that cost a sixth of the time each, put off while rows go by.
+
+    Python looks for cycles after every 700 new objects, and rows hold none. The tokenizer shares every call out to threads of
+    its own, which only get in the way of several callers (it looks at the environment at every call).
+    """
+    thresholds, threads = gc.get_threshold(), os.environ.get(_OWN_THREADS)
+    gc.set_threshold(thresholds[0] and max(thresholds[0], 100_000), *thresholds[1:])  # 0 = never
+    if workers > 1:
+        os.environ[_OWN_THREADS] = "false"
     try:
         yield
     finally:
-        gc.set_threshold(*before)
+        gc.set_threshold(*thresholds)
+        if threads is not None:
+            os.environ[_OWN_THREADS] = threads
+        else:
+            os.environ.pop(_OWN_THREADS, None)
 
 
 def _run(
     chunks: Iterator[Sequence[Record | BadRow]], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[pa.RecordBatch, Summary]]:
     """Chunks in their order, tokenised by threads: the tokenizer, hashes and picture decoders let Python go on reading."""
-    with _cycles_sought_rarely(), ThreadPoolExecutor(workers, "tokenize") as pool:
+    with _undisturbed(workers), ThreadPoolExecutor(workers, "tokenize") as pool:
         waiting: deque[Future[tuple[pa.RecordBatch, Summary]]] = deque()
         try:
             for chunk in chunks:

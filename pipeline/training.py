@@ -235,7 +235,7 @@ def _load_ahead(
     def load(prepared: tuple[Work, Batch]) -> Any:
         return source.load(prepared[1].slots)
 
-    return run_ahead(run_ahead(planned, prepare, depth=threads + 1), load, depth=threads + 1, threads=threads)
+    return run_ahead(run_ahead(planned, prepare, depth=threads + 1), load, depth=threads, threads=threads)
 
 
 def _unwrap(model: VisionLanguageModel, wrapped: torch.nn.Module, accelerator: Accelerator) -> None:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import PipelineError
+from pipeline.prompts import Prompts
 from pipeline.records import ImageSlot, Turn
 from pipeline.text import PromptBuilder
 
@@ -129,9 +130,12 @@ def test_positions_follow_the_number_of_the_image_not_its_place(builders: Builde
 
 @dialects
 def test_a_batch_gives_what_its_conversations_give_alone(builders: Builders, dialect: str) -> None:
-    for prompt, turns in zip(builders[dialect].build_batch(list(TALKS.values())), TALKS.values(), strict=True):
-        alone = builders[dialect].build(turns)
-        assert (prompt.ids.tolist(), prompt.spans, prompt.images) == (alone.ids.tolist(), alone.spans, alone.images)
+    builder = builders[dialect]
+    together, alone = builder.build_batch(list(TALKS.values())), [builder.build(turns) for turns in TALKS.values()]
+    for found in (list(together), list(Prompts.of(alone))):
+        for one, other in zip(found, alone, strict=True):
+            assert (one.ids.tolist(), one.spans, one.images) == (other.ids.tolist(), other.spans, other.images)
+    assert len(builder.build_batch([])) == len(Prompts.of([])) == 0
 
 
 ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<file_sep>", "<|image_pad|>", "<think>", "</think>",

@@ -1,6 +1,8 @@
 """Token tables: rows come back whole, long rows are never cut in an image or left without an answer, workers change nothing."""
 
+import gc
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline import tokenization
 from pipeline.errors import PipelineError
+from pipeline.formats import SourceSpec, open_source
 from pipeline.formats.conversation import Reading, build
 from pipeline.images import digest
 from pipeline.records import Record
@@ -204,12 +207,47 @@ def test_several_workers_write_the_bytes_of_one(tmp_path: Path, world: World, mo
     rows = [json.loads(line) for line in (world.folder / "rows.jsonl").read_text().splitlines()]
     records = records_of([rows[number % len(rows)] for number in range(40)])
     totals = {}
-    for workers in (1, 2):
+    for workers in (1, 4):
         totals[workers] = Summary()
         batches = tokenize(
             iter(records), tokenizer_of(world, max_tokens=60, too_long="skip"), totals[workers], workers=workers, progress=len_of
         )
         write_tokens(tmp_path / f"{workers}.arrow", batches, world.builder.spec())
-    assert (tmp_path / "1.arrow").read_bytes() == (tmp_path / "2.arrow").read_bytes()
-    assert totals[1] == totals[2]
+    assert (tmp_path / "1.arrow").read_bytes() == (tmp_path / "4.arrow").read_bytes()
+    assert totals[1] == totals[4]
     assert totals[1].refused
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, world: World) -> None:
+    """Read, tokenised, a third of them refused, and written: what is held is a few chunks, however many rows there are."""
+    kinds = [json.dumps(LONG), json.dumps(row("<image>\nWhat?", "A circle.", "0.png")), json.dumps(row("Is there?", "Yes."))]
+    tokenizer = tokenizer_of(world, max_tokens=60, too_long="skip")
+
+    def peak(count: int) -> int:
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("".join(f"{kinds[number % 3]}\n" for number in range(count)))
+        source, total = open_source(SourceSpec(str(path), images=str(world.images.path))), Summary()
+        gc.collect()
+        tracemalloc.start()
+        batches = tokenize(source.records(), tokenizer, total, workers=2, progress=len_of, refuse=str)
+        write_tokens(tmp_path / f"{count}.arrow", batches, world.builder.spec())
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (total.rows_in, total.refused) == (count, count // 3)
+        return held
+
+    peak(300)  # what is made once
+    few, many = peak(3_000), peak(12_000)
+    assert many < few + 9_000 * 40, f"{(many - few) / 9_000:.0f} bytes a row"
+
+
+def test_a_table_is_read_through_a_map(tmp_path: Path, world: World) -> None:
+    """Opening it takes some tens of bytes a row, not the rows."""
+    batch = tokenizer_of(world)(records_of([LONG] * 250))[0]
+    write_tokens(tmp_path / "many.arrow", [batch] * 40, world.builder.spec())
+    tracemalloc.start()
+    table = TokenTable(tmp_path / "many.arrow")
+    held = tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes()
+    tracemalloc.stop()
+    assert len(table) == 10_000
+    assert held < 100 * len(table) < (tmp_path / "many.arrow").stat().st_size / 5

@@ -36,7 +36,9 @@ class ShardSet:
         self.shards, self.rows = shards, rows
         self.starts = np.cumsum([0, *(len(shard) for shard in shards)])
         self._map = RowMap([(shard.path, shard.offset) for shard in shards], rows.shape, rows.dtype) if shards else None
-        self._verified = np.zeros(len(self), bool)
+        first = self._map.first if self._map else np.empty(0, np.int64)
+        self._place = np.arange(len(self)) + np.repeat(first - self.starts[:-1], np.diff(self.starts))  # in the map
+        self._verified, self._unverified = np.zeros(len(self), bool), len(self)
         self._announce = LOOK_AGAIN
 
     def __len__(self) -> int:
@@ -75,17 +77,22 @@ class ShardSet:
         if not out.flags.c_contiguous:
             raise ValueError("rows are copied to one piece of memory")
         began = time.perf_counter()
-        owner = self._owners(rows)
-        inner = rows - self.starts[owner]
-        if self._map and len(rows):
-            if rows.min() < 0 or rows.max() >= len(self):
-                raise IndexError("no such row")
-            np.take(self._map.rows, self._map.first[owner] + inner, axis=0, out=out, mode="clip")
-        for i in np.flatnonzero(~self._verified[rows]).tolist():  # once a row and process
-            self.shards[owner[i]].check(int(inner[i]), out[i])
-            self._verified[rows[i]] = True
+        if self._map:
+            np.take(self._map.rows, self._place[rows], axis=0, out=out, mode="clip")  # for "raise" it would copy twice
+        if self._unverified:
+            self._verify(rows, out)
         warm = out.nbytes > WARM * (time.perf_counter() - began)
         self._announce = max(0, self._announce - 1) if warm else LOOK_AGAIN
+
+    def _verify(self, rows: np.ndarray, read: np.ndarray) -> None:
+        """Check those of rows [n] that this process reads for the first time."""
+        fresh = np.flatnonzero(~self._verified[rows])
+        owner = self._owners(rows)
+        for i in fresh.tolist():
+            self.shards[owner[i]].check(int(rows[i] - self.starts[owner[i]]), read[i])
+        self._verified[rows[fresh]] = True
+        if len(fresh):
+            self._unverified = len(self) - int(np.count_nonzero(self._verified))
 
     def _owners(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.starts, rows, side="right") - 1
