@@ -58,13 +58,14 @@ def measure_speed(file: Path, model: str, cores: int, rounds: int) -> tuple[dict
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # as the stage has it: as many threads of the library as there are cores
     source, builder, tokenizer = open_rows(file, model)
     texts = [_render(builder, row) for row in source.records()]
+    workers = cores + 1 if cores > 1 else 1  # one more, since one core would wait when the reader does
     table, spec = file.with_suffix(".arrow"), builder.spec()
     tail = len(builder.build(_TURNS, trim=False).ids) - len(builder.build(_TURNS).ids)
 
     def ours() -> int:
         """Tokens of text: those of images are not, nor the template's tail that the library encodes and we leave out."""
         total = Summary()
-        write_tokens(table, tokenize(source.records(), tokenizer, total, workers=cores + 1, progress=int), spec)
+        write_tokens(table, tokenize(source.records(), tokenizer, total, workers=workers, progress=int), spec)
         return total.tokens - total.images * (PATCHES - 1) + total.rows * tail
 
     def library() -> int:

@@ -28,8 +28,8 @@ from pipeline.records import Record
 from pipeline.text import PromptBuilder
 from pipeline.tokens import SCHEMA
 
-CHUNK = 256  # records a task: what becomes of them on the way fits in a processor's cache
-BATCH = 4  # tasks an Arrow record batch
+CHUNK = 128  # records a task: what becomes of them on the way fits in a processor's cache
+BATCH = 8  # tasks an Arrow record batch
 TOO_LONG = "raise tokenize.max_tokens or shorten the row"
 _OWN_THREADS = "TOKENIZERS_PARALLELISM"
 
