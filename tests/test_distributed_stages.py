@@ -202,7 +202,7 @@ def test_a_bad_picture_ends_all_processes_with_one_line(project: Path, picture: 
     """The first shard is the first process's, the second the other's, whose words must come through all the same."""
     (project / "data/images" / picture).write_bytes(b"no picture")
     err = finish(stage("extract", project), code=BAD_ROWS)
-    assert f"{picture}: not a picture" in only_error(err)
+    assert f"'{picture}': not a picture" in only_error(err)
     assert not (project / "data/features").exists()
 
 
