@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.cold import bytes_from_disk
 from benchmarks.rows import ROW_BYTES, SHAPE, Epoch, Side, make_rows, require_rows
+from pipeline.buffers import page_aligned
 from pipeline.errors import RESOURCE, PipelineError
 
 BATCHES, HEADLINE = (16, 64, 256), 64
@@ -76,7 +77,9 @@ def measure_warm(sides: Sequence[Side], root: Path, count: int, rounds: int) -> 
 
 @contextmanager
 def _limit(copy: Callable[[np.ndarray], Epoch], count: int) -> Iterator[Epoch]:
-    yield copy(make_rows(range(count)))
+    data = page_aligned((count, *SHAPE), np.dtype(np.float16))
+    np.copyto(data, make_rows(range(count)))
+    yield copy(data)
 
 
 def _shuffled(rng: np.random.Generator, count: int, batch: int) -> list[np.ndarray]:
@@ -120,12 +123,19 @@ def _serve(there: Connection, side: Side | None, open_: Callable[[], AbstractCon
             out: dict[int, np.ndarray] = {}
             while True:
                 batches, compare = there.recv()
-                room = out.setdefault(len(batches[0]), np.ones((len(batches[0]), *SHAPE), np.float16))
+                room = out.setdefault(len(batches[0]), _buffer(len(batches[0])))
                 there.send(_epoch(epoch, batches, room, side if compare else None))
     except EOFError:
         return
     except Exception as error:
         there.send(error)
+
+
+def _buffer(rows: int) -> np.ndarray:
+    """What every side may fill: its pages are there already, and it begins at one, as pinned memory does."""
+    out = page_aligned((rows, *SHAPE), np.dtype(np.float16))
+    out.fill(1)
+    return out
 
 
 def _epoch(epoch: Epoch, batches: list[np.ndarray], out: np.ndarray, compared: Side | None) -> tuple[float, int]:

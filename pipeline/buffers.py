@@ -1,10 +1,23 @@
-"""Host memory that is used again: fresh pages cost more than the copy into them, and pinned ones cost more still."""
+"""Host memory that is used again: fresh pages cost more than the copy into them, and pinned ones cost more still.
 
+It begins at a page, as rows in a file nearly do. Large pieces from malloc begin 16 bytes into one, and some processors copy
+at half their rate where destination and source lie so close within their pages (AMD Zen 4: 9 instead of 19 GB/s).
+"""
+
+import mmap
 import threading
 import weakref
 
 import numpy as np
 import torch
+
+
+def page_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of unspecified content whose memory begins at a page."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    room = np.empty(size + mmap.PAGESIZE, np.uint8)
+    start = -room.ctypes.data % mmap.PAGESIZE
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 class BufferPool:
@@ -37,5 +50,7 @@ class BufferPool:
 
     def _allocate(self, count: int) -> np.ndarray:
         size = (count, *self._shape)
+        if not self._pin:
+            return page_aligned(size, self._dtype)
         kind = torch.float16 if self._dtype == np.float16 else torch.uint8
-        return torch.empty(size, dtype=kind, pin_memory=True).numpy() if self._pin else np.empty(size, self._dtype)
+        return torch.empty(size, dtype=kind, pin_memory=True).numpy()

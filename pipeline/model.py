@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pipeline.attention import NAME
 from pipeline.batches import Batch
 from pipeline.dividing import whole
-from pipeline.errors import ARTEFACT, PipelineError, brief
+from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.loading import load_pretrained
 from pipeline.packing import block_mask
 from pipeline.sharing import branch_mask
 from pipeline.vocabulary import chunked_cross_entropy, too_large
@@ -131,19 +131,9 @@ def hidden_size(language_model: PreTrainedModel) -> int:
 
 def load_language_model(model: str, *, revision: str = "", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Any Transformers causal LM, strictly: a missing weight is an error, never a random one."""
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model,
-            revision=revision or "main",
-            dtype=dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        remedy = "give a Transformers folder, or a hub id reachable from here"
-        raise PipelineError(f"cannot load {model}: {brief(error)}", where="llm.model", remedy=remedy, code=ARTEFACT) from None
-    language_model, info = loaded
+    language_model, info = load_pretrained(
+        AutoModelForCausalLM, model, where="llm.model", revision=revision, dtype=dtype, attn_implementation="sdpa"
+    )
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
             raise PipelineError(

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 from transformers.activations import QuickGELUActivation
 
 from pipeline.attention import NAME
-from pipeline.errors import ARTEFACT, NUMERIC, PipelineError, brief
+from pipeline.errors import ARTEFACT, NUMERIC, PipelineError
 from pipeline.hardware import DTYPES, autocast, pick_precision
 from pipeline.images import DECODER, decode
+from pipeline.loading import load_pretrained, unloadable
 from pipeline.prepacked import InPlaceQuickGelu, can_prepack, prepack
 from pipeline.rows import Float16Rows, Int8Rows, Rows, calibration_pictures, constants_digest, measure_constants
 
@@ -45,7 +45,7 @@ class Preprocessor:
                 model, revision=revision or "main", backend="pil", trust_remote_code=False
             )
         except (OSError, ValueError) as error:
-            raise _unloadable(model, error) from None
+            raise unloadable(model, error, where="vision.model") from None
         settings = self._processor
         self.rescale = float(settings.rescale_factor) if settings.do_rescale else 1.0
         self.mean = [float(value) for value in settings.image_mean] if settings.do_normalize else [0.0] * 3
@@ -224,20 +224,15 @@ class Encoder(nn.Module):
 def _load_tower(model: str, revision: str, attention: str = "sdpa") -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
-        family = TOWERS.get(config.model_type)
-        if family is None:
-            known = ", ".join(sorted(TOWERS))
-            raise PipelineError(f"{model} is a {config.model_type} model, expected one of {known}", remedy="set vision.model")
-        loaded: Any = family.from_pretrained(
-            model,
-            revision=revision or "main",
-            dtype=torch.float32,
-            attn_implementation=attention,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unloadable(model, error) from None
-    tower, info = loaded
+    except (OSError, ValueError) as error:
+        raise unloadable(model, error, where="vision.model") from None
+    family = TOWERS.get(config.model_type)
+    if family is None:
+        known = ", ".join(sorted(TOWERS))
+        raise PipelineError(f"{model} is a {config.model_type} model, expected one of {known}", remedy="set vision.model")
+    tower, info = load_pretrained(
+        family, model, where="vision.model", revision=revision, dtype=torch.float32, attn_implementation=attention
+    )
     if info["missing_keys"]:
         raise PipelineError(f"{model} lacks weights: {sorted(info['missing_keys'])[0]} and others", code=ARTEFACT)
     for module in tower.modules():
@@ -252,15 +247,6 @@ def _keep_layers(tower: PreTrainedModel, count: int) -> None:
     stack: Any = next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
     del stack[max(1, count) :]
     tower.config.num_hidden_layers = len(stack)
-
-
-def _unloadable(model: str, error: Exception) -> PipelineError:
-    return PipelineError(
-        f"cannot load {model}: {brief(error)}",
-        where="vision.model",
-        remedy="give a Transformers folder, or a hub id reachable from here",
-        code=ARTEFACT,
-    )
 
 
 def _weights_digest(module: nn.Module) -> str:

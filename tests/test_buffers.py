@@ -1,11 +1,12 @@
 """Buffers that come back by themselves, and never while anything still looks at them."""
 
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from pipeline.buffers import BufferPool
+from pipeline.buffers import BufferPool, page_aligned
 
 ROW, HALF = (3, 5), np.dtype("<f2")
 
@@ -21,6 +22,15 @@ def test_a_buffer_is_used_again_when_its_last_tensor_is_gone() -> None:
     del held
     places = {pool.take(2).data_ptr() for _ in range(3)}
     assert place in places | {pool.take(4).data_ptr()}
+
+
+def test_buffers_begin_at_a_page_and_fit_their_rows() -> None:
+    for count in (1, 7, 300):
+        assert page_aligned((count, *ROW), HALF).ctypes.data % mmap.PAGESIZE == 0
+        taken = BufferPool(ROW, HALF).take(count)
+        assert taken.data_ptr() % mmap.PAGESIZE == 0
+        taken.fill_(2)
+        assert (taken == 2).all()
 
 
 def test_what_autograd_keeps_is_not_overwritten() -> None:
