@@ -155,6 +155,7 @@ def _writer(root: Path, images: int, rounds: int) -> dict[str, Any]:
     return {
         "writer_overhead": round(statistics.median(found.overhead()), 4),
         "writer_waiting_for_decode": round(statistics.median(found.waiting()), 4),
+        "writer_once_seconds": round(found.once, 3),
         "writer_seconds": {name: [round(value, 3) for value in seconds] for name, seconds in sides.items()},
     }
 

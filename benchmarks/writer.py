@@ -29,12 +29,16 @@ SIZE = (640, 480)
 
 @dataclass(slots=True)
 class WriterTimes:
-    """Seconds of each round: extraction, what of it went by waiting for decoded pictures; the bare loop, its encoder alone."""
+    """Seconds of each round: extraction, what of it went by waiting for decoded pictures; the bare loop, its encoder alone.
+
+    `once` is what a run spends before its first picture on how far its features are from float32; no round holds it.
+    """
 
     extract: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
     bare: list[float] = field(default_factory=list)
     encoder: list[float] = field(default_factory=list)
+    once: float = 0.0
 
     def overhead(self) -> list[float]:
         """Time that storing adds, as a share of the encoder's own, a round each."""
@@ -65,8 +69,11 @@ def measure_writer(root: Path, images: int, rounds: int) -> WriterTimes:
     with _quiet():
         encoder = Encoder(str(_make_encoder(root / "clip")), device=device, batch=16 if device.type == "cpu" else 256)
         files, hashes = distinct_images([(pictures, [f"{number}.jpg" for number in range(images)])])
-    encoder.encode(torch.zeros(encoder.batch, 3, 224, 224, dtype=torch.uint8), ["first"] * encoder.batch)  # kernels are chosen now
     found = WriterTimes()
+    began = perf_counter()
+    encoder.relative_error()  # once a run, however many pictures
+    found.once = perf_counter() - began
+    encoder.encode(torch.zeros(encoder.batch, 3, 224, 224, dtype=torch.uint8), ["first"] * encoder.batch)  # kernels are chosen now
     for turn in range(rounds):
         sides = [_extract, _encode_only]
         for side in sides if turn % 2 else sides[::-1]:

@@ -31,9 +31,10 @@ class ImageFile:
 
 
 class Pixels(Dataset):
-    """Decodes one image an item, in worker processes; a bad image is returned, not raised, so that its message survives.
+    """Decodes one image an item, in worker processes, and tells the seconds it took.
 
-    An `ImageError` of the decoder says that the image is bad; any other error that it could not be asked.
+    A bad image is returned, not raised, so that its message survives. An `ImageError` of the decoder says that the image is
+    bad; any other error that it could not be asked.
     """
 
     def __init__(self, files: list[ImageFile], hashes: np.ndarray, preprocess: Preprocessor) -> None:
@@ -42,7 +43,12 @@ class Pixels(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, item: int) -> np.ndarray | PipelineError:
+    def __getitem__(self, item: int) -> tuple[np.ndarray | PipelineError, float]:
+        began = time.perf_counter()
+        return self.decode(item), time.perf_counter() - began
+
+    def decode(self, item: int) -> np.ndarray | PipelineError:
+        """Pixels uint8 [3, S, S] of one image, or what is wrong with it."""
         file = self.files[item]
         try:
             data = file.root.read(file.name)
@@ -57,7 +63,7 @@ class Pixels(Dataset):
 
     def error(self, item: int) -> PipelineError | None:
         """What is wrong with one image; None when it can be decoded."""
-        found = self[item]
+        found = self.decode(item)
         return found if isinstance(found, PipelineError) else None
 
 
@@ -66,17 +72,20 @@ def _be_quiet(_: int) -> None:
     sys.excepthook = lambda *_: None
 
 
-def _stack(items: list[np.ndarray | PipelineError]) -> tuple[torch.Tensor | None, list[PipelineError | None]]:
-    """Pixels uint8 [k, 3, S, S] of the images that could be decoded, and for each image of the batch its error."""
-    pixels = [item for item in items if isinstance(item, np.ndarray)]
-    errors = [item if isinstance(item, PipelineError) else None for item in items]
-    return torch.from_numpy(np.stack(pixels)) if pixels else None, errors
+def _stack(
+    items: list[tuple[np.ndarray | PipelineError, float]],
+) -> tuple[torch.Tensor | None, list[PipelineError | None], float]:
+    """Pixels uint8 [k, 3, S, S] of the images that could be decoded, each image's error, and the seconds of decoding."""
+    pixels = [item for item, _ in items if isinstance(item, np.ndarray)]
+    errors = [item if isinstance(item, PipelineError) else None for item, _ in items]
+    return torch.from_numpy(np.stack(pixels)) if pixels else None, errors, sum(seconds for _, seconds in items)
 
 
 class Stream:
     """Fresh rows in order, one at a time; decoding runs ahead in worker processes.
 
-    `seconds` is what encoding took in all, `waited` how much of it the encoder stood still for want of a decoded picture.
+    `seconds` is what encoding took in all, `waited` how much of it the encoder stood still for want of a decoded picture,
+    `decoding` what reading, decoding and resizing took the workers together.
     A bad image raises its error, or with `skip` has None for a row and is counted in `skipped`.
     """
 
@@ -84,7 +93,7 @@ class Stream:
         self, files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, workers: int, *, skip: bool, quiet: bool
     ) -> None:
         self._files, self._encoder, self._done, self._skip, self._quiet = files, encoder, 0, skip, quiet
-        self.seconds, self.waited, self.skipped = 0.0, 0.0, 0
+        self.seconds, self.waited, self.decoding, self.skipped = 0.0, 0.0, 0.0, 0
         self._loader = DataLoader(
             Pixels(files, hashes, encoder.preprocess),
             batch_size=encoder.batch,
@@ -112,13 +121,14 @@ class Stream:
         size, first = self._encoder.batch, 0.0
         with tqdm(total=len(self._files), unit="image", desc="extract", mininterval=0.5, disable=self._quiet) as bar:
             asked = time.perf_counter()
-            for batch in self._loader:
+            for pixels, errors, decoding in self._loader:
                 began = time.perf_counter()
-                rows = self._rows_of(*batch)
+                rows = self._rows_of(pixels, errors)
                 ended = time.perf_counter()
                 if self._done:  # starting the workers is no waiting for decoding
                     self.waited += began - asked
                 self.seconds += ended - asked
+                self.decoding += decoding
                 self._done += len(rows)
                 bar.update(len(rows))
                 if self._done == 8 * size and not self._quiet and len(self._files) > 16 * size:
@@ -135,11 +145,13 @@ class Stream:
             self._rows.close()
 
     def report(self) -> None:
-        """Say when the encoder was kept waiting."""
-        if self._done and not self._quiet and self.waited > 0.05 * self.seconds:
-            share, each = self.waited / self.seconds, self.waited / self._done
-            print(
-                f"extract: {share:.0%} of the time went by waiting for decoded pictures ({1000 * each:.1f} ms each) "
-                "-> raise runtime.workers",
-                flush=True,
-            )
+        """Say what an image cost, and when the encoder was kept waiting for decoded ones."""
+        if not self._done or self._quiet:
+            return
+        share, each = self.waited / self.seconds, 1000 * self.decoding / self._done
+        more = " -> raise runtime.workers" if share > 0.05 else ""
+        print(
+            f"extract: {self._done / self.seconds:,.1f} images/s; decoding took {each:.2f} ms of a worker an image, "
+            f"{share:.0%} of the time went by waiting for it{more}",
+            flush=True,
+        )

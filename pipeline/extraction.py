@@ -30,7 +30,7 @@ from pipeline.vision import Encoder, fingerprint
 class Extraction:
     """What a run did: images in the output, encoded now, bytes on disk, seconds spent encoding and, of them, waiting.
 
-    `good` says of each image that was asked for whether it is in the output, `bad` what is wrong with the others.
+    `decoding` is what the workers together spent on reading, decoding and resizing. `good` says of each image that was asked for whether it is in the output, `bad` what is wrong with the others.
     """
 
     images: int
@@ -38,6 +38,7 @@ class Extraction:
     bytes: int
     seconds: float
     waited: float
+    decoding: float
     good: np.ndarray
     bad: list[PipelineError]
 
@@ -100,7 +101,7 @@ def extract(
     size = sum(file.stat().st_size for file in out.iterdir())
     good = np.concatenate([np.ones(0, bool), *(_is_there(path) for path in paths)])
     bad = [_why(pixels, item) for item in np.flatnonzero(~good).tolist()]
-    return Extraction(int(good.sum()), encoded - stream.skipped, size, stream.seconds, stream.waited, good, bad)
+    return Extraction(int(good.sum()), encoded - stream.skipped, size, stream.seconds, stream.waited, stream.decoding, good, bad)
 
 
 def _why(pixels: Pixels, item: int) -> PipelineError:

@@ -131,18 +131,26 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def relative_error(self) -> float:
-        """How far stored rows are from float32 features, as a share of their norm, over fixed pictures."""
+        """How far stored rows are from float32 features, as a share of their norm, over fixed pictures.
+
+        Cheapest before anything is encoded: afterwards the float32 weights have to be read again.
+        """
         if self._error is None:
             pictures = torch.from_numpy(calibration_pictures(self.tower.config.image_size, count=4))
-            exact = _load_tower(self.name, self.revision, self._attention).requires_grad_(False).eval().to(self.device)
-            if self.layer != -1:
-                _keep_layers(exact, self._state)
+            exact = self._unrounded() if self._rounded else self.tower
             wanted = self._forward(exact, pictures, "float32").cpu()
             self._round_products()
             stored = [self.rows.encode(self._forward(self.tower, part, self.precision)) for part in pictures.split(self.batch)]
             found = self.rows.decode(torch.cat(stored)).float().cpu()
             self._error = float(f"{float((found - wanted).norm() / wanted.norm()):.2g}")
         return self._error
+
+    def _unrounded(self) -> PreTrainedModel:
+        """The tower as it was before `_round_products`, anew from its files."""
+        tower = _load_tower(self.name, self.revision, self._attention).requires_grad_(False).eval().to(self.device)
+        if self.layer != -1:
+            _keep_layers(tower, self._state)
+        return tower
 
     def drop_tower(self) -> None:
         """Give the weights' memory back where only `spec`, `tokens` and `width` are still asked for."""

@@ -66,6 +66,7 @@ def main(params: StageParams) -> dict[str, Any]:
         "encoded": done.encoded,
         "cache_mb": round(done.bytes / 1e6, 1),
         "images_per_second": rate,
+        "decode_ms": round(1000 * done.decoding / done.encoded, 3) if done.encoded else 0.0,
         "waiting_share": round(done.waited / done.seconds, 3) if done.seconds else 0.0,
     }
 
