@@ -92,6 +92,7 @@ class Batch:
             row holds all units.
         real: bool [B, T], positions that are not padding (only a mixture's router asks).
         keep: bool [B, T], positions whose next token is supervised.
+        kept: int64 [supervised], the same as places among the B × T.
         labels: int64 [supervised], those next tokens, row by row.
         slots: int64 [S], number of the image slot whose features are needed, one for each image run.
         slot_row, slot_start: int64 [S], where its P placeholders stand.
@@ -103,6 +104,7 @@ class Batch:
     ids: torch.Tensor
     real: torch.Tensor
     keep: torch.Tensor
+    kept: torch.Tensor
     labels: torch.Tensor
     slots: np.ndarray
     slot_row: torch.Tensor
@@ -113,7 +115,7 @@ class Batch:
     document: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        names = ("ids", "real", "keep", "labels", "slot_row", "slot_start", "branch", "position", "document")
+        names = ("ids", "real", "keep", "kept", "labels", "slot_row", "slot_start", "branch", "position", "document")
         here = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in here.items()})
 
@@ -172,6 +174,7 @@ def collate(
         ids=torch.from_numpy(ids),
         real=torch.from_numpy(real),
         keep=torch.from_numpy(keep),
+        kept=torch.from_numpy(np.flatnonzero(keep)),
         labels=torch.from_numpy(ids[target]),
         slots=slots,
         slot_row=torch.from_numpy(slot_row),

@@ -30,7 +30,8 @@ from pipeline.vision import Encoder, fingerprint
 class Extraction:
     """What a run did: images in the output, encoded now, bytes on disk, seconds spent encoding and, of them, waiting.
 
-    `decoding` is what the workers together spent on reading, decoding and resizing. `good` says of each image that was asked for whether it is in the output, `bad` what is wrong with the others.
+    `decoding` is what the workers together spent on reading, decoding and resizing. `good` says of each image that was asked
+    for whether it is in the output, `bad` what is wrong with the others.
     """
 
     images: int

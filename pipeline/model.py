@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, S images in the batch, P patches, Dv vision width, D h
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pipeline.attention import NAME
 from pipeline.batches import Batch
 from pipeline.dividing import whole
 from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.last_layer import computed_at
 from pipeline.loading import load_pretrained
 from pipeline.packing import block_mask
 from pipeline.sharing import branch_mask
@@ -90,6 +92,10 @@ class VisionLanguageModel(nn.Module):
             mask: Any = self._mask(branch) if document is None else block_mask(document, branch)
             extra = {"attention_mask": mask, "position_ids": batch.position}
         extra |= {"inputs_embeds": self.embed(batch.ids, features, batch.slot_row, batch.slot_start), "use_cache": False}
+        with nullcontext() if self.router_trains else computed_at(batch.kept, self.language_model):
+            return self._loss(batch, extra)
+
+    def _loss(self, batch: Batch, extra: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.router_trains and too_large(len(batch.labels), self.language_model.config):
             states = self.language_model.get_decoder()(**extra).last_hidden_state[batch.keep]  # [supervised, D]
             loss = chunked_cross_entropy(self.language_model.get_output_embeddings(), states, batch.labels)

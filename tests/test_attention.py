@@ -12,6 +12,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from pipeline import causal
 from pipeline.attention import NAME
 
 SIZES = {
@@ -98,3 +99,25 @@ def test_a_vision_tower_attends_to_everything() -> None:
         with torch.inference_mode():
             found.append(tower(pixels).last_hidden_state)
     assert torch.allclose(found[1], found[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 11, 12, 29])
+@pytest.mark.parametrize("masks", [1, 2])
+def test_causal_blocks_are_plain_attention(monkeypatch: pytest.MonkeyPatch, tokens: int, masks: int) -> None:
+    """Values against the formula and gradients against numerical ones, in float64, where blocks are of one to five queries."""
+    monkeypatch.setattr(causal, "BLOCK", 4)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3, tokens, 5), *[(2, tokens, 5)] * 2))
+    mask = torch.full((tokens, tokens), -1e30, dtype=torch.float64).triu(1)[None].repeat(masks, 1, 1)
+    mask[-1, :, 1:2] -= 0.5
+    mask[-1, tokens // 2 :, 0] = -1e30 if tokens > 1 else 0.0  # as another conversation's, or padding
+    weights = torch.softmax(query @ key[:, None].transpose(2, 3) + mask[:, None], -1)
+    assert torch.allclose(causal.CausalAttention.apply(query, key, value, mask), weights @ value[:, None], atol=1e-12)
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    assert torch.autograd.gradcheck(lambda *given: causal.CausalAttention.apply(*given, mask), inputs)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_model_in_many_blocks_is_the_model_in_one(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+    monkeypatch.setattr(causal, "BLOCK", 3)
+    test_values_and_gradients_are_those_of_eager_attention(model, padded)
