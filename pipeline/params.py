@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -22,6 +22,15 @@ Train = Literal["projector", "projector+ends", "all"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+def _switch(value: Any) -> Any:
+    if value is not True and value is not False and value != "auto":  # 1 equals True
+        raise ValueError("expected true, false or auto")
+    return value
+
+
+Switch = Annotated[bool | Literal["auto"], PlainValidator(_switch)]
 
 
 class Section(BaseModel):
@@ -120,7 +129,7 @@ class Projector(Section):
 class Training(Section):
     train: Train
     features: Literal["stored", "live"]
-    share_images: bool
+    share_images: Switch
     epochs: Positive
     batch_size: Positive
     micro_tokens: Positive

@@ -14,7 +14,7 @@ from pipeline.model import VisionLanguageModel, build_projector, hidden_size, lo
 from pipeline.packing import NAME as PACKED
 from pipeline.packing import can_pack
 from pipeline.params import Dataset, StageParams, Training
-from pipeline.sharing import Sharing, find_sharing, sliding_window
+from pipeline.sharing import PAYS, Sharing, find_sharing, sliding_window
 from pipeline.sources import FeatureSource, LiveFeatures, StoredFeatures
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
@@ -103,17 +103,26 @@ def open_sources(
 def choose_sharing(
     training: Training, model: VisionLanguageModel, table: TokenTable, name: str, accelerator: Accelerator
 ) -> Sharing | None:
-    """Which rows share their beginning, where params ask for it and the language model can have it."""
+    """Which rows share their beginning, where params ask for it and the language model can have it.
+
+    `auto`: where it saves enough, and where masks cost little (not on a GPU for a family that is not packed there).
+    """
     if not training.share_images:
         return None
-    config = model.language_model.config
+    auto, config, device = training.share_images == "auto", model.language_model.config, accelerator.device
     window = sliding_window(config)
     if window is not None or getattr(config, "router_aux_loss_coef", None) is not None:
+        if auto:
+            return None
         kind = "attends to a sliding window" if window is not None else "has a router that counts tokens"
         raise PipelineError(f"{config.model_type} {kind}", where=f"{name}.share_images", remedy=f"set {name}.share_images: false")
+    if auto and device.type != "cpu" and not can_pack(config, device):
+        return None
     sharing = find_sharing(table)
+    if auto and sharing.saved < PAYS:
+        return None
     shared = f"{len(table):,} rows share {sharing.group.max() + 1:,} beginnings, {sharing.rows_a_group:.1f} each"
-    accelerator.print(f"{name}: {shared}", flush=True)
+    accelerator.print(f"{name}: {shared}; {sharing.saved:.0%} of the tokens need no computing", flush=True)
     return sharing
 
 

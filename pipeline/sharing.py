@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import xxhash
 from transformers import PretrainedConfig
 
 from pipeline.tokens import TokenTable
 
+PAYS = 0.1  # share of the tokens saved from which on `share_images: auto` is on: below, its masks cost about as much
 LONGEST = 1024  # tokens of a shared row, unless a single conversation is longer: its attention grows with the square
 
 
@@ -36,6 +36,13 @@ class Sharing:
     def rows_a_group(self) -> float:
         """Mean number of rows that share a prefix."""
         return len(self.group) / max(1, int(self.group.max(initial=-1)) + 1)
+
+    @property
+    def saved(self) -> float:
+        """Share of all tokens that need no computing where each prefix is computed once."""
+        first = np.zeros(int(self.group.max(initial=-1)) + 1, np.int64)
+        first[self.group] = self.prefix
+        return float(self.prefix.sum(dtype=np.int64) - first.sum()) / max(1, int(self.lengths.sum(dtype=np.int64)))
 
     def units(self, rows: np.ndarray) -> list[np.ndarray]:
         """Rows cut into runs that share a prefix, each within LONGEST tokens (or one row)."""
@@ -69,19 +76,52 @@ def find_sharing(table: TokenTable) -> Sharing:
     A row whose first supervised token follows its last image at once shares nothing: the position that predicts it would
     belong to all.
     """
-    patches, hashes = table.spec["tokens"], table.image_hashes()
-    seen: dict[bytes, int] = {}
-    group, prefix = np.empty(len(table), np.int64), np.zeros(len(table), np.int32)
-    for number in range(len(table)):
-        row = table.row(number)
-        end = int(row.image_start[-1]) + patches if len(row.image_start) else 0
-        if not end or int(row.spans[:, 0].min()) <= end:
-            key = number.to_bytes(8, "little")
-        else:
-            prefix[number] = end
-            key = xxhash.xxh3_128_digest(row.ids[:end].tobytes() + hashes[row.slots.start : row.slots.stop].tobytes())
-        group[number] = seen.setdefault(key, len(seen))
-    return Sharing(group, prefix, table.lengths)
+    images = np.ascontiguousarray(table.image_hashes()).view("<u8")[:, :2]  # [slots, 2], of SHA-256
+    prefix, keys, slot = [np.empty(0, np.int64)], [np.empty((0, 3), np.uint64)], 0
+    for ids, spans, starts in table.parts():
+        ends = _prefixes(spans, starts, table.spec["tokens"])
+        slots = int(starts[0][-1] - starts[0][0])
+        key = np.zeros((len(ends), 3), np.uint64)
+        key[:, :2] = _digests(ids, ends) + 3 * _digests((starts[0], images[slot : slot + slots]), np.diff(starts[0]))
+        alone = np.flatnonzero(ends == 0)
+        key[alone] = 0
+        key[alone, 2] = sum(map(len, prefix)) + alone + 1  # like no other
+        prefix.append(ends)
+        keys.append(key)
+        slot += slots
+    every = np.concatenate(keys)
+    _, first, group = np.unique(every, axis=0, return_index=True, return_inverse=True)
+    place = np.empty(len(first), np.int64)
+    place[np.argsort(first, kind="stable")] = np.arange(len(first))  # numbered in order of first appearance
+    return Sharing(place[group.reshape(-1)], np.concatenate(prefix).astype(np.int32), table.lengths)
+
+
+def _prefixes(spans: tuple[np.ndarray, np.ndarray], starts: tuple[np.ndarray, np.ndarray], tokens: int) -> np.ndarray:
+    """int64 [n]: where each row's last image ends, 0 where it has none or something before that or next is supervised."""
+    ends = np.zeros(len(starts[0]) - 1, np.int64)
+    shows = np.diff(starts[0]) > 0
+    ends[shows] = starts[1][starts[0][1:][shows] - 1] + tokens
+    at, values = spans
+    begins = values[at[0] : at[-1]][::2]
+    if len(begins):
+        ends[np.minimum.reduceat(begins, (at[:-1] - at[0]) // 2) <= ends] = 0
+    return ends
+
+
+def _digests(lists: tuple[np.ndarray, np.ndarray], counts: np.ndarray) -> np.ndarray:
+    """uint64 [n, 2]: two hashes of the first `counts` [n] values of each list.
+
+    Sums of values times random odd numbers, one for each place, modulo 2**64: 128 bits that a loop over rows would take
+    minutes for.
+    """
+    at = lists[0] - lists[0][0]
+    values = lists[1][lists[0][0] : lists[0][-1]] if lists[1].ndim == 1 else lists[1]
+    values = values.astype(np.uint64).reshape(len(values), -1) + np.uint64(1)
+    places = np.arange(at[-1]) - np.repeat(at[:-1], np.diff(at))
+    factors = np.random.default_rng(0).integers(0, 2**64, (int(places.max(initial=0)) + 1, 2), np.uint64) | np.uint64(1)
+    running = np.zeros((len(values) + 1, 2), np.uint64)
+    np.cumsum(values * factors[places], axis=0, out=running[1:])
+    return running[at[:-1] + counts] - running[at[:-1]]
 
 
 def lay_out(lengths: Sequence[int], prefix: int) -> tuple[np.ndarray, np.ndarray]:

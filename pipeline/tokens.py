@@ -11,7 +11,7 @@ The schema's metadata says which tokenizer, template and P made it. Nothing here
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,10 @@ class TokenTable:
         at = number - int(self._first_row[part])
         ids, spans, starts = (values[offsets[at] : offsets[at + 1]] for offsets, values in self._columns[part])
         return Row(ids, spans.reshape(-1, 2), starts, range(int(self._first_slot[number]), int(self._first_slot[number + 1])))
+
+    def parts(self) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], ...]]:
+        """The file's pieces in order: ids, spans and image starts, each as offsets [n + 1] and flat values."""
+        return iter([tuple(columns) for columns in self._columns])
 
     def where(self, number: int) -> str:
         """The file and line a row came from."""

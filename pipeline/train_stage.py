@@ -33,7 +33,7 @@ from pipeline.packing import NAME as PACKED
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.parts import check_start, choose_attention, choose_sharing, make_builder, make_encoder, make_model, open_sources
 from pipeline.resume import Resume
-from pipeline.sharing import LONGEST
+from pipeline.sharing import LONGEST, Sharing
 from pipeline.sources import FeatureSource, NoFeatures
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
@@ -59,11 +59,14 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
         check_start(params, encoder, builder, start)
     model = make_model(params, training, encoder, precision, start)
     sharing = choose_sharing(training, model, table, name, accelerator)
+    # on a GPU held-out rows are not packed, and without that a mask costs more than it saves
+    heldout_sharing = choose_sharing(training, model, heldout, "heldout", accelerator) if device.type == "cpu" else None
     counts = freeze(model, training.train)
     if halved := training.train == "projector+ends" and precision == "bfloat16":
         hold_frozen_in(model, torch.bfloat16)
     longest = int(max(table.lengths.max(), heldout.lengths.max()))
-    attention = choose_attention(model, device, longest if sharing is None else max(longest, LONGEST))
+    shared = sharing is not None or heldout_sharing is not None
+    attention = choose_attention(model, device, max(longest, LONGEST) if shared else longest)
     model.language_model.set_attn_implementation(attention)
     accelerator.print(
         f"{name}: {counts['projector']:,} projector and {counts['language_model']:,} language-model parameters train, "
@@ -77,13 +80,13 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     schedule = Schedule(**{key: getattr(training, key) for key in Schedule.__dataclass_fields__})
     model.to(accelerator.device)
     before = frozen_digest(model)
-    resume = _resume(params, training, schedule, model, encoder, table, heldout, precision, name)
+    resume = _resume(params, training, schedule, model, encoder, table, heldout, precision, name, shares=sharing is not None)
     first, runtime = accelerator.is_main_process, params.runtime
     divided = runtime.divided and accelerator.num_processes > 1
 
     def measure(model: VisionLanguageModel) -> float:
-        options = {"image_id": builder.image_id, "micro_tokens": training.micro_tokens, "even": divided}
-        return heldout_loss(model, heldout, heldout_source, accelerator, **options)
+        options = {"micro_tokens": training.micro_tokens, "sharing": heldout_sharing, "even": divided}
+        return heldout_loss(model, heldout, heldout_source, accelerator, image_id=builder.image_id, **options)
 
     every, best = params.evaluate.every, training.keep == "best"
     measured = Heldout(measure, every=every, keep_best=best) if every else None
@@ -119,7 +122,7 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
         _write_history(Path("results") / name / "history.csv", history)
         if measured:
             measured.write(Path("results") / name / "heldout.csv")
-    figures = _measure(params, training, model, heldout, heldout_source, accelerator, builder)
+    figures = _measure(params, training, model, heldout, heldout_source, accelerator, builder, heldout_sharing)
     if accelerator.is_main_process:
         resume.clear()
     accelerator.end_training()
@@ -141,12 +144,14 @@ def _resume(
     heldout: TokenTable,
     precision: str,
     name: str,
+    *,
+    shares: bool,
 ) -> Resume:
     """A run's key: its numbers, its rows, the encoder and every weight it starts from."""
     depends = {
         "schedule": asdict(schedule),
         "train": training.train,
-        "share_images": training.share_images,
+        "share_images": shares,
         "projector": params.projector.kind,
         "precision": precision,
         "encoder": encoder.spec(),
@@ -199,9 +204,11 @@ def _measure(
     source: FeatureSource,
     accelerator: Accelerator,
     builder: PromptBuilder,
+    sharing: Sharing | None,
 ) -> dict[str, Any]:
     """Held-out loss, accuracy, and the accuracy of the blind control."""
-    loss = heldout_loss(model, table, source, accelerator, image_id=builder.image_id, micro_tokens=training.micro_tokens)
+    options: dict[str, Any] = {"image_id": builder.image_id, "micro_tokens": training.micro_tokens, "sharing": sharing}
+    loss = heldout_loss(model, table, source, accelerator, **options)
     figures: dict[str, Any] = {"questions": len(table), "loss": round(loss, 6)}
     for suffix, shown in (("", source), ("_blind", NoFeatures(source))):
         score, _ = answer_accuracy(

@@ -16,7 +16,7 @@ from pipeline.evaluate import heldout_loss
 from pipeline.model import VisionLanguageModel
 from pipeline.sharing import LONGEST, Sharing, alone, branch_mask, find_sharing, lay_out
 from pipeline.sources import StoredFeatures
-from pipeline.tokens import Row, TokenTable
+from pipeline.tokens import TokenTable
 from pipeline.training import Schedule, train
 
 SCHEDULE = Schedule(
@@ -52,6 +52,30 @@ def test_rows_with_the_same_beginning_are_found(asked: TokenTable) -> None:
     assert [len(unit) for unit in sharing.units(np.arange(len(asked)))] == [5, 3, 1, 1, 2]
     assert sharing.prefix[8] > sharing.prefix[0] > 0
     assert sharing.prefix[9] == 0, "a row without a picture shares nothing"
+
+
+def test_what_is_found_is_what_a_comparison_of_all_pairs_finds(world: World) -> None:
+    """Pictures in other orders, at other places, after other words, none; a row's neighbours in the file do not matter."""
+    texts = ["<image> a?", "<image>a?", "b <image> a?", "<image><image> a?", "<image> a <image> b?", "<image> a?"]
+    rows = [
+        row(text, "Yes.", *(f"{(picture + i) % 3}.png" for i in range(text.count("<image>"))))
+        for picture in (0, 1, 0, 2, 1)
+        for text in texts
+    ]
+    table = world.tokens([*rows, row("Is it?", "No."), row("Is it?", "No."), *rows[::-1]], "pairs")
+    sharing, hashes = find_sharing(table), table.image_hashes()
+    keys: list[object] = []
+    for number in range(len(table)):
+        found = table.row(number)
+        end = int(found.image_start[-1]) + PATCHES if len(found.image_start) else 0
+        assert sharing.prefix[number] == end
+        keys.append((found.ids[:end].tobytes(), hashes[found.slots.start : found.slots.stop].tobytes()) if end else number)
+    expected = [keys.index(key) for key in keys]
+    first = np.unique(sharing.group, return_index=True)[1]
+    assert first[sharing.group].tolist() == expected
+    assert sharing.group.tolist() == [sorted(set(expected)).index(number) for number in expected], "in order of appearance"
+    assert 0.5 < sharing.saved < 1
+    assert alone(table.lengths).saved == 0
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -138,7 +162,10 @@ def test_training_and_held_out_loss_agree_with_and_without_sharing(world: World,
 
 def test_a_row_whose_answer_follows_its_picture_at_once_shares_nothing() -> None:
     """The position that predicts the answer's first word is the last of the prefix: it would belong to all."""
-    rows = [Row(np.arange(6, dtype=np.int32), np.array([[3 + n, 6]]), np.array([1]), range(n, n + 1)) for n in range(2)]
-    table = MagicMock(lengths=np.array([6, 6], np.int32), row=rows.__getitem__)
-    table.spec, table.__len__.return_value, table.image_hashes.return_value = {"tokens": 2}, 2, np.zeros((2, 32), np.uint8)
+    ids, starts = np.arange(12, dtype=np.int32), np.array([1, 1], np.int32)
+    table = MagicMock(lengths=np.array([6, 6], np.int32))
+    table.spec = {"tokens": 2}
+    spans = (np.array([0, 2, 4]), np.array([3, 6, 4, 6], np.int32))  # the first is supervised from its picture's end on
+    table.parts.return_value = iter([((np.array([0, 6, 12]), ids), spans, (np.array([0, 1, 2]), starts))])
+    table.image_hashes.return_value = np.zeros((2, 32), np.uint8)
     assert find_sharing(table).prefix.tolist() == [0, 3]
