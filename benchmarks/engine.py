@@ -213,6 +213,7 @@ def extraction(bench: Bench) -> dict[str, Any]:
         "extract_share_of_bf16_rate": round(best.rate() * flops / limit, 3),
         "encode_share_of_bf16_rate": round(best.middle("encode_per_second") * flops / limit, 3),
         "bf16_gflops": round(limit / 1e9, 1),
+        "fp32_loop_gflops": round(found["Transformers, float32"].rate() * flops / 1e9, 1),
         "gflop_per_image": round(flops / 1e9, 3),
         "extract_images_per_second": rates_of(found),
     }
@@ -249,13 +250,24 @@ def shared(bench: Bench) -> dict[str, Any]:
 def linear(bench: Bench) -> dict[str, Any]:
     """Time for 1, 4 and 16 times the rows: 1 is a cost that grows as the rows do."""
     times = (1, 4, 16)
-    base = max(16, bench.rows // 2)
+    base = linear_base(bench.rows)
     one = bench.turn("ours", precision="bfloat16")
     found = bench.take_turns({f"{count} × {base} rows": replace(one, rows=count * base) for count in times})
     show(bench, "cost", found)
     seconds = [side.middle("seconds") for side in found.values()]
     slope = np.polyfit(np.log(times), np.log(seconds), 1)[0]
-    return {"cost_exponent": round(float(slope), 3), "cost_seconds": [round(value, 3) for value in seconds]}
+    memory = [round(side.middle("peak_gb"), 3) for side in found.values()]
+    return {
+        "cost_exponent": round(float(slope), 3),
+        "cost_rows": [count * base for count in times],
+        "cost_seconds": [round(value, 3) for value in seconds],
+        "cost_peak_gb": memory,
+    }
+
+
+def linear_base(rows: int) -> int:
+    """Rows of the shortest turn: enough that starting and ending it are little of its time."""
+    return max(48, rows // 2)
 
 
 def measure(part: Part, bench: Bench) -> Iterator[dict[str, Any]]:
@@ -297,7 +309,7 @@ def _main(parts: list[Part], rows: int, rounds: int, models: list[str], *, tiny:
     console.width = max(console.width, 100)  # or figures would be cut off
     with tempfile.TemporaryDirectory() as folder:
         console.print("[dim]building models, pictures and rows[/dim]")
-        world = build(Path(folder), models=models, rows=max(32, 16 * max(16, rows // 2)), pictures=max(32, rows), tiny=tiny)
+        world = build(Path(folder), models=models, rows=max(32, 16 * linear_base(rows)), pictures=max(32, rows), tiny=tiny)
         bench = Bench(world, models, rows, rounds, console)
         for figures in chain.from_iterable(measure(part, bench) for part in parts):
             if tiny:

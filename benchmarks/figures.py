@@ -6,6 +6,7 @@ Several benchmarks share one file, each with figures of its own: recording some 
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ def hardware() -> str:
 
 
 def _processor() -> str:
+    """Its name, and family and model where there are such: clouds give generations of very different speed one name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
+        text = ""
+    said = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
+    name = said.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {said['cpu family']}, model {said['model']})" if {"cpu family", "model"} <= said.keys() else name
 
 
 def commit() -> str:
