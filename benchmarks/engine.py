@@ -102,7 +102,8 @@ class Bench:
     def run(self, turn: Turn) -> dict[str, Any]:
         """One turn in a fresh process; raises `PipelineError` when it fails, having shown what it said."""
         command = [sys.executable, "-m", "benchmarks.sides", json.dumps(asdict(turn))]
-        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+        # the stages' own limit on what oneDNN remembers of shapes, for all sides alike
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return json.loads(done.stdout.splitlines()[-1])

@@ -39,9 +39,7 @@ def chat(
 
 
 def _chat(image: Path | None, question: str | None, model: Path, drawn: tuple[int, float, float, int], device: str) -> None:
-    if not (model / "glance.json").is_file():
-        remedy = "dvc repro" if model == Path("models/sft") else "dvc repro, or --model models/sft"
-        raise PipelineError("no trained model here", where=str(model), remedy=remedy, code=ARTEFACT)
+    require_model(model)
     if image is not None and not image.is_file():
         raise PipelineError("no such picture", where=str(image))
     from pipeline.answering import Assistant, Conversation, Sampling
@@ -54,6 +52,13 @@ def _chat(image: Path | None, question: str | None, model: Path, drawn: tuple[in
         _say(assistant, talk, question, picture, sampling)
     else:
         _converse(assistant, talk, picture, sampling)
+
+
+def require_model(folder: Path) -> None:
+    """Raises `PipelineError` saying what makes a model, where `folder` holds none; before anything heavy is imported."""
+    if not (folder / "glance.json").is_file():
+        remedy = "dvc repro" if folder == Path("models/sft") else "dvc repro, or --model models/sft"
+        raise PipelineError("no trained model here", where=str(folder), remedy=remedy, code=ARTEFACT)
 
 
 def _say(assistant: "Assistant", talk: "Conversation", text: str, picture: "torch.Tensor | None", sampling: "Sampling") -> None:

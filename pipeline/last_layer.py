@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.attention import FAMILIES
+
+MULTIPLE = 64  # of positions: few shapes, since oneDNN keeps a program for each; position 0 fills up
 
 
 @contextmanager
@@ -27,9 +30,11 @@ def computed_at(kept: torch.Tensor, language_model: PreTrainedModel) -> Iterator
     block = layer.mlp
     plain, before = block.forward, block.__dict__.get("forward")
 
+    padded = nn.functional.pad(kept, (0, -len(kept) % MULTIPLE))
+
     def forward(states: torch.Tensor) -> torch.Tensor:
         flat = states.flatten(0, 1)  # [B * T, D]
-        found = plain(flat[kept][None])[0]
+        found = plain(flat[padded][None])[0, : len(kept)]
         return torch.zeros_like(flat, dtype=found.dtype).index_copy(0, kept, found).view(states.shape)
 
     block.forward = forward
