@@ -20,6 +20,7 @@ from pipeline.errors import BAD_ROWS, PipelineError, brief
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # parsers an image may reach; EPS would start another program
 MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded
+MAX_RATIO = 200  # of the sides: a strip, resized until its short side fits an encoder, would take gigabytes
 DECODER = 1  # part of every feature's fingerprint: raise it when a decoded pixel can change
 
 
@@ -112,6 +113,15 @@ def digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
+def check_size(size: tuple[int, int], *, where: str) -> None:
+    """Raises `ImageError` for a picture of too many pixels, or so narrow that resizing it would make too many."""
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width}×{height} pixels, more than {MAX_PIXELS:,}", where=where)
+    if max(size) > MAX_RATIO * min(size):
+        raise ImageError(f"{width}×{height} pixels, its sides more than {MAX_RATIO} to 1", where=where)
+
+
 def decode(data: bytes, *, where: str) -> Image.Image:
     """Image file -> upright RGB picture: first frame, EXIF orientation applied, transparency on white, 16 bits scaled.
 
@@ -121,9 +131,7 @@ def decode(data: bytes, *, where: str) -> Image.Image:
         raise ImageError("empty file", where=where)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ImageError(f"{width}×{height} pixels, more than {MAX_PIXELS:,}", where=where)
+            check_size(image.size, where=where)
             return _to_rgb(ImageOps.exif_transpose(image), where)
     except (ImageError, MemoryError):
         raise

@@ -121,6 +121,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "a header alone": (saved(NOISE)[:20], "decoded"),
     "a bomb": (bomb(60_000, 60_000), "pixels"),
     "just too large": (bomb(MAX_PIXELS // 1000 + 1, 1000), "pixels"),
+    "a strip": (saved(Image.new("RGB", (1, 201))), "its sides more than 200 to 1"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "known format"),
     "floating point": (saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "floating-point"),
     "32 bits": (saved(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "32-bit"),

@@ -17,7 +17,7 @@ from pipeline.ahead import run_ahead
 from pipeline.check.counting import Keys, Spread
 from pipeline.errors import PipelineError, brief
 from pipeline.formats import BadRow, Mixture, Source
-from pipeline.images import FORMATS, MAX_PIXELS, ImageError, decode, digest
+from pipeline.images import FORMATS, ImageError, check_size, decode, digest
 from pipeline.records import Record
 
 SIDE = 160  # pixels of a thumbnail's longer side
@@ -181,8 +181,7 @@ def read_header(data: bytes, *, where: str) -> tuple[str, tuple[int, int]]:
         what = brief(error) if data and not str(error).startswith("cannot identify") else ""
         what = f"not a picture that can be decoded: {what}" if what else f"not a picture in a known format ({', '.join(FORMATS)})"
         raise ImageError(what if data else "empty file", where=where) from None
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ImageError(f"{size[0]}×{size[1]} pixels, more than {MAX_PIXELS:,}", where=where)
+    check_size(size, where=where)
     return kind, size
 
 
