@@ -23,16 +23,24 @@ HELP = """\
   /help         this list
   /exit         leave (or Ctrl-D)"""
 
+# Options of every way to talk to a model (see also pipeline.web)
+Model = Annotated[Path, typer.Option(help="Folder of a trained model.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, max=10.0, help="0 is greedy: the likeliest words.")]
+TopP = Annotated[float, typer.Option(min=0.001, max=1.0, help="Draw from the likeliest words up to this share.")]
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same answers.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+
 
 def chat(
     image: Annotated[Path | None, typer.Argument(help="A picture to talk about.")] = None,
     question: Annotated[str | None, typer.Argument(help="Ask this, print the answer and end.")] = None,
-    model: Annotated[Path, typer.Option(help="Folder of a trained model.")] = Path("models/sft"),
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0 is greedy: the likeliest words.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.001, max=1.0, help="Draw from the likeliest words up to this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same answers.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    model: Model = Path("models/sft"),
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """Talk about pictures with a trained model."""
     exit_on_error(lambda: _chat(image, question, model, (max_tokens, temperature, top_p, seed), device))

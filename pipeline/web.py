@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.chat import require_model
+from pipeline.chat import Device, MaxTokens, Model, Seed, Temperature, TopP, require_model
 from pipeline.errors import PipelineError, exit_on_error
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ HOST = "127.0.0.1"  # whoever can open the page can read pictures from this mach
 
 
 def serve(
-    model: Annotated[Path, typer.Option(help="Folder of a trained model.")] = Path("models/sft"),
+    model: Model = Path("models/sft"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of this machine's loopback address.")] = 7860,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0 is greedy: the likeliest words.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.001, max=1.0, help="Draw from the likeliest words up to this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same answers.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """Talk about pictures in a browser."""
     exit_on_error(lambda: _serve(model, port, (max_tokens, temperature, top_p, seed), device))
