@@ -23,6 +23,7 @@ from pipeline.heldout import Heldout
 from pipeline.keeper import Keeper
 from pipeline.meter import Meter
 from pipeline.model import VisionLanguageModel
+from pipeline.norms import lean_norms
 from pipeline.packing import row_budget
 from pipeline.sharing import Sharing, alone
 from pipeline.sources import FeatureSource
@@ -190,6 +191,7 @@ def train(
         done.callback(keeper.release)
     if not divided:
         done.callback(_unwrap, model, wrapped, accelerator)
+    done.enter_context(lean_norms(model.language_model, accelerator.device.type == "cpu" and not compiled))
     done.enter_context(compiled_layers(model, compiled))
     with done:
         for epoch in range(len(history) // steps_per_epoch, schedule.epochs):
