@@ -56,6 +56,7 @@ class Turn:
     length: int = 0
     batch_size: int = 0
     share_images: bool = False
+    compiled: bool = False
 
 
 def peak_gb() -> float:
@@ -126,9 +127,12 @@ def ours(world: World, turn: Turn) -> Result:
         part = TokenTable(world.tokens(turn.table), limit=rows)
         source = _source(world, turn, encoder, part)
         sharing = _sharing(turn, part)
-        return train(model, part, source, schedule, accelerator, image_id=image_id, name="ours", sharing=sharing, threads=THREADS)
+        return train(
+            model, part, source, schedule, accelerator,
+            image_id=image_id, name="ours", sharing=sharing, threads=THREADS, compiled=turn.compiled,
+        )  # fmt: skip
 
-    run(min(turn.rows, schedule.batch_size))
+    run(turn.rows if turn.compiled else min(turn.rows, schedule.batch_size))  # a program for lengths that vary comes second
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or the next run would wrap its forward a second time
     began = time.perf_counter()
     history = run(turn.rows)

@@ -21,6 +21,7 @@ LOWEST = -1e30  # float32's least number would be minus infinity in bfloat16, an
 FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"}  # whose attention is no more than this
 
 
+@torch.compiler.disable  # a compiled layer leaves it as it is: a compiler's would compute what the causal mask hides
 def grouped_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -40,7 +41,7 @@ def grouped_attention(
     shared, seen = key.shape[1], key.shape[2]
     scaled = query * (width**-0.5 if scaling is None else scaling)
     dropout = dropout if module.training else 0.0
-    causal = attention_mask is not None and asked == seen and not dropout and not torch.compiler.is_compiling()
+    causal = attention_mask is not None and asked == seen and not dropout
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else scaled.dtype
     mask = None if attention_mask is None else _limited(attention_mask[:, 0], dtype)  # [B or 1, Tq, Tk]
     if mask is not None and len(mask) > 1:

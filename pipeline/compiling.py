@@ -5,16 +5,19 @@ from contextlib import contextmanager
 
 import torch
 
+from pipeline.attention import FAMILIES
 from pipeline.model import VisionLanguageModel
 
 
 @contextmanager
 def compiled_layers(model: VisionLanguageModel, on: bool) -> Iterator[None]:
-    """Within, each decoder layer runs compiled; same function to rounding.
+    """Within, decoder layers run compiled; same function to rounding. Not a last one that does less (`pipeline.last_layer`).
 
     It is taken off at the end, since generation would be compiled anew for the lengths it meets.
     """
     layers = list(model.language_model.get_decoder().layers) if on else []
+    if model.language_model.config.model_type in FAMILIES:
+        layers = layers[:-1]
     for layer in layers:
         layer.forward = torch.compile(layer.forward)
     try:

@@ -19,11 +19,12 @@ PIECE = 1 << 19  # numbers
 
 @contextmanager
 def lean_norms(language_model: PreTrainedModel, on: bool) -> Iterator[None]:
-    """Within, the norms around the decoder's blocks compute so; does nothing for families not known to be built so."""
+    """Within, the norms around the decoder's blocks compute so, but for compiled layers and families not known to be built so."""
     norms: list[Any] = []
     if on and language_model.config.model_type in FAMILIES:
         decoder: Any = language_model.get_decoder()
-        between = ((layer.input_layernorm, layer.post_attention_layernorm) for layer in decoder.layers)
+        layers = (layer for layer in decoder.layers if "forward" not in layer.__dict__)
+        between = ((layer.input_layernorm, layer.post_attention_layernorm) for layer in layers)
         norms = [decoder.norm, *(norm for both in between for norm in both)]
     for norm in norms:
         norm.forward = partial(rms_norm, norm)

@@ -191,8 +191,8 @@ def train(
         done.callback(keeper.release)
     if not divided:
         done.callback(_unwrap, model, wrapped, accelerator)
-    done.enter_context(lean_norms(model.language_model, accelerator.device.type == "cpu" and not compiled))
     done.enter_context(compiled_layers(model, compiled))
+    done.enter_context(lean_norms(model.language_model, accelerator.device.type == "cpu"))
     with done:
         for epoch in range(len(history) // steps_per_epoch, schedule.epochs):
             total = torch.zeros((), device=accelerator.device)
