@@ -96,6 +96,7 @@ def stage(bench: Bench, name: str, model: str) -> dict[str, Any]:
         }
     )
     show(bench, f"{name}, {model}: {rows} rows", found)
+    limit = bench.run(bench.turn("matrix_rate", rows=rows))["flops_per_second"]
     best, compiled, exact, default, tuned, half = found.values()
     figures |= {
         "over_default": best.over(default),
@@ -104,6 +105,7 @@ def stage(bench: Bench, name: str, model: str) -> dict[str, Any]:
         "compiled_over_tuned": compiled.over(tuned),
         "float32_over_tuned": exact.over(tuned),
         "over_tuned_bfloat16": best.over(half),
+        "share_of_bf16_rate": round(best.rate() * figures["gflop_per_sample"] * 1e9 / limit, 3),
         "memory_over_naive": round(best.middle("peak_gb") / default.middle("peak_gb"), 3),
         "samples_per_second": rates_of(found),
     }
@@ -125,7 +127,11 @@ def same_work(bench: Bench, name: str, model: str, **settings: Any) -> dict[str,
     )
     if away > CLOSE or told["gradient_distance"] > FAR:
         raise AssertionError(f"the sides do not do the same work: {told}")
-    return {"loss_distance": float(f"{away:.2e}"), "gradient_distance": float(f"{told['gradient_distance']:.2e}")}
+    return {
+        "loss_distance": float(f"{away:.2e}"),
+        "gradient_distance": float(f"{told['gradient_distance']:.2e}"),
+        "gflop_per_sample": round(told["flops_per_sample"] / 1e9, 3),
+    }
 
 
 def extraction(bench: Bench) -> dict[str, Any]:

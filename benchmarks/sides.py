@@ -191,8 +191,11 @@ def same_work(world: World, turn: Turn) -> Result:
     batch = collate(table, sharing.units(step), image_id=image_id, tokens=encoder.tokens, sharing=sharing)
     source = LiveFeatures(encoder, ImageRoot(world.images), table)
     model = _our_model(world, turn, encoder, table)
-    loss = model(batch, source.features(source.load(batch.slots)))[0] / len(batch.labels)
-    loss.backward()
+    with FlopCounterMode(display=False) as encoding:
+        features = source.features(source.load(batch.slots))
+    with FlopCounterMode(display=False) as training:
+        loss = model(batch, features)[0] / len(batch.labels)
+        loss.backward()
     model_naive, rows = _naive_model(world, turn, image_id), _naive_rows(world, turn, encoder.tokens)
     ids, following, targets, pixels = (torch.stack(parts) for parts in zip(*(rows[int(row)] for row in step), strict=True))
     loss_naive = masked_loss(model_naive(ids, pixels), following, targets)
@@ -202,7 +205,9 @@ def same_work(world: World, turn: Turn) -> Result:
         last = [part.language_model.get_decoder().layers[0].mlp.down_proj.weight for part in (model, model_naive)]
         pairs.append((last[0], last[1]))
     distances = [float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in pairs]  # type: ignore[operator, union-attr]
-    return {"ours": loss.item(), "naive": loss_naive.item(), "gradient_distance": max(distances)}
+    flops = training.get_total_flops() + (encoding.get_total_flops() if turn.stage == "sft" else 0)
+    told = {"ours": loss.item(), "naive": loss_naive.item(), "gradient_distance": max(distances)}
+    return told | {"flops_per_sample": flops / len(step)}
 
 
 def _files(world: World, count: int) -> list[Path]:
