@@ -29,12 +29,13 @@ from pipeline.features import FeatureStore
 from pipeline.hardware import keep_freed_memory, peak_memory_gb, pick_attention, use_fast_float32
 from pipeline.images import ImageRoot
 from pipeline.model import VisionLanguageModel, build_projector, freeze, hidden_size, load_language_model
+from pipeline.planning import Schedule, plan_work
 from pipeline.sharing import LONGEST, Sharing, alone, find_sharing
 from pipeline.sources import FeatureSource, LiveFeatures, StoredFeatures
 from pipeline.stage import be_quiet
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
-from pipeline.training import MIXED, Schedule, plan_work, train
+from pipeline.training import MIXED, train
 from pipeline.vision import Encoder
 
 CPU = torch.device("cpu")

@@ -32,12 +32,13 @@ from pipeline.model import (
 from pipeline.packing import NAME as PACKED
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.parts import check_start, choose_attention, choose_sharing, make_builder, make_encoder, make_model, open_sources
+from pipeline.planning import Schedule
 from pipeline.resume import Resume
 from pipeline.sharing import LONGEST, Sharing
 from pipeline.sources import FeatureSource, NoFeatures
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
-from pipeline.training import MIXED, Schedule, train
+from pipeline.training import MIXED, train
 from pipeline.vision import Encoder
 from pipeline.watch import watching
 

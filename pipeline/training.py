@@ -5,17 +5,15 @@ by their number, however the step is cut into micro-batches, so accumulating cha
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
-from pipeline.ahead import run_ahead
-from pipeline.batches import Batch, collate, pack_by_tokens, plan_epoch, split_by_tokens
+from pipeline.batches import Batch
 from pipeline.compiling import compiled_layers
 from pipeline.dividing import divide, put_away, sync_gradients, whole
 from pipeline.errors import NUMERIC, USAGE, PipelineError
@@ -25,43 +23,13 @@ from pipeline.meter import Meter
 from pipeline.model import VisionLanguageModel
 from pipeline.norms import lean_norms
 from pipeline.packing import row_budget
+from pipeline.planning import Planned, Schedule, Work
 from pipeline.sharing import Sharing, alone
 from pipeline.sources import FeatureSource
 from pipeline.tokens import TokenTable
 from pipeline.watch import Step
 
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """The numbers of a training run (see the sections `pretrain` and `sft` of params.yaml)."""
-
-    epochs: int
-    batch_size: int
-    micro_tokens: int
-    lr: float
-    warmup: float
-    min_lr: float
-    weight_decay: float
-    clip_norm: float
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One micro-batch of a step, as this process does it.
-
-    Attributes:
-        units: rows, those that share a beginning together (see `pipeline.sharing`).
-        share: 1 / supervised tokens of the whole step, of all processes; 0 where a step has too few units for all.
-        parts: this process's micro-batches of the step; `last` of them closes it.
-    """
-
-    units: list[np.ndarray]
-    share: float
-    parts: int
-    last: bool
 
 
 def make_optimizer(model: torch.nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -74,36 +42,6 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, weight_decay: float) ->
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "initial_lr": lr},
     ]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
-
-
-def plan_work(
-    table: TokenTable,
-    schedule: Schedule,
-    epoch: int,
-    *,
-    sharing: Sharing | None = None,
-    skip: int = 0,
-    rank: int = 0,
-    ranks: int = 1,
-    even: bool = False,
-    packed: bool = False,
-) -> Iterator[Work]:
-    """The micro-batches of an epoch that fall to one of `ranks` processes, in order, from the epoch's step `skip` on.
-
-    `even`: every process gets as many; where one has less to do, the rest of its pieces do not count. `packed`: units of a
-    micro-batch will stand end to end in one row. It decides which go together in a pass, not which make a step.
-    """
-    split = pack_by_tokens if packed else split_by_tokens
-    sharing = sharing or alone(table.lengths)
-    shared = sharing if sharing.rows_a_group > 1 else None
-    steps = plan_epoch(table.lengths, batch_size=schedule.batch_size, seed=schedule.seed, epoch=epoch, sharing=shared)
-    for rows in steps[skip:]:
-        every = [split(rows, sharing, schedule.micro_tokens, rank=number, ranks=ranks) for number in range(ranks)]
-        parts, share = every[rank], 1.0 / int(table.supervised[rows].sum())
-        count = max(map(len, every)) if even else max(1, len(parts))  # every process takes part in every step
-        for number in range(count):
-            counts = number < len(parts)
-            yield Work(parts[number] if counts else [rows[:1]], share if counts else 0.0, count, number == count - 1)
 
 
 def train(
@@ -133,118 +71,118 @@ def train(
     `compiled`: see `pipeline.compiling`.
     Raises `PipelineError` before the update that a non-finite loss or gradient would spoil, and when told to stop.
     """
-    steps_per_epoch = -(-len(table) // schedule.batch_size)
-    steps = steps_per_epoch * schedule.epochs
     if packed:
-        budget = row_budget(table.lengths, schedule.batch_size, schedule.micro_tokens)
-        schedule = replace(schedule, micro_tokens=budget)
-    if divided:
-        divide(model)
-    optimizer = make_optimizer(model, lr=schedule.lr, weight_decay=schedule.weight_decay)
-    history = keeper.start(model, optimizer, accelerator.scaler) if keeper else []
-    scheduler = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
-        optimizer, max(1, round(schedule.warmup * steps)), steps, last_epoch=len(history) - 1, min_lr_rate=schedule.min_lr
-    )
-    wrapped, optimizer = (model, accelerator.prepare(optimizer)) if divided else accelerator.prepare(model, optimizer)
-    wrapped.train()
-    sharing = sharing or alone(table.lengths)
-    meter = Meter(steps, len(history), name, accelerator)
-
-    def load(epoch: int) -> Iterator[tuple[tuple[Work, Batch], Any]]:
-        skip = len(history) - epoch * steps_per_epoch
-        ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
-        planned = plan_work(table, schedule, epoch, sharing=sharing, skip=skip, even=divided, packed=packed, **ranks)
-        pack = schedule.micro_tokens if packed else 0
-        return _load_ahead(planned, table, source, sharing=sharing, image_id=image_id, pack=pack, threads=threads)
-
-    def backward(work: Work, batch: Batch, features: torch.Tensor) -> torch.Tensor:
-        batch, features = batch.to(accelerator.device), features.to(accelerator.device, non_blocking=True)
-        if divided:
-            sync_gradients(model, work.last)
-        with nullcontext() if divided or work.last else accelerator.no_sync(wrapped):
-            with accelerator.autocast():
-                loss, router = wrapped(batch, features)
-            # gradients are averaged over processes, the loss is a sum over all of them
-            accelerator.backward(loss * (work.share * accelerator.num_processes) + router / work.parts)
-        return loss.detach() * work.share
-
-    def update(total: torch.Tensor, epoch: int, first: int) -> dict[str, float]:
-        total = accelerator.reduce(total, "sum")
-        norm = whole(accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], schedule.clip_norm))
-        _require_finite(total, norm, len(history), schedule, table.where(first), scaled=accelerator.scaler is not None)
-        lr = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        return {"step": len(history), "epoch": epoch, "loss": float(total), "lr": lr, "grad_norm": float(norm)}
-
-    def measure(heldout: Heldout) -> None:
-        with meter.paused():
-            heldout.measure(model, len(history) - 1, show=accelerator.is_main_process)
-        if divided:
-            put_away(model)
-        wrapped.train()
-
-    done = ExitStack()
-    done.callback(meter.close)
-    if keeper:
-        done.callback(keeper.release)
-    if not divided:
-        done.callback(_unwrap, model, wrapped, accelerator)
-    done.enter_context(compiled_layers(model, compiled))
-    done.enter_context(lean_norms(model.language_model, accelerator.device.type == "cpu"))
-    with done:
-        for epoch in range(len(history) // steps_per_epoch, schedule.epochs):
-            total = torch.zeros((), device=accelerator.device)
-            torch.manual_seed(schedule.seed + len(history))  # dropout, where a model has any, follows from the step
-            for (work, batch), features in source.stream(meter.waiting(load(epoch))):
-                total += backward(work, batch, features)
+        schedule = replace(schedule, micro_tokens=row_budget(table.lengths, schedule.batch_size, schedule.micro_tokens))
+    planned = Planned(table, source, schedule, sharing or alone(table.lengths), image_id, threads, divided, packed)
+    run = _Run(model, schedule, accelerator, planned.steps, keeper, divided=divided)
+    history, meter = run.history, Meter(planned.steps, len(run.history), name, accelerator)
+    with _ended(run, meter, keeper, compiled=compiled):
+        for epoch in range(len(history) // planned.steps_per_epoch, schedule.epochs):
+            run.begin_step()
+            for (work, batch), features in source.stream(meter.waiting(planned.load(epoch, len(history), accelerator))):
+                run.backward(work, batch, features)
                 meter.count(batch)
                 if not work.last:
                     continue
-                history.append(update(total, epoch, int(work.units[0][0])))
+                history.append(run.update(epoch, table.where(int(work.units[0][0]))))
                 meter.show(history[-1])
                 if watch:
                     watch(history[-1])
-                last = len(history) == steps
+                last = len(history) == planned.steps
                 if heldout and heldout.is_due(len(history), last=last):
-                    measure(heldout)
-                total = torch.zeros_like(total)
-                torch.manual_seed(schedule.seed + len(history))
+                    with meter.paused():
+                        run.measure(heldout)
+                run.begin_step()
                 if keeper:
-                    keeper.after_step(model, optimizer, history, accelerator, last=last)
+                    keeper.after_step(model, run.optimizer, history, accelerator, last=last)
     accelerator.free_memory()
     return history
 
 
-def _load_ahead(
-    planned: Iterator[Work],
-    table: TokenTable,
-    source: FeatureSource,
-    *,
-    sharing: Sharing,
-    image_id: int,
-    pack: int,
-    threads: int,
-) -> Iterator[tuple[tuple[Work, Batch], Any]]:
-    """Each micro-batch's work, its tensors, and what its features need, made ahead in threads."""
-
-    def prepare(work: Work) -> Batch:
-        batch = collate(table, work.units, sharing=sharing, image_id=image_id, tokens=source.tokens, pack=pack)
-        source.announce(batch.slots)
-        return batch
-
-    def load(prepared: tuple[Work, Batch]) -> Any:
-        return source.load(prepared[1].slots)
-
-    return run_ahead(run_ahead(planned, prepare, depth=threads + 1), load, depth=threads, threads=threads)
+@contextmanager
+def _ended(run: "_Run", meter: Meter, keeper: Keeper | None, *, compiled: bool) -> Iterator[None]:
+    """Within, the model computes as training wants it; afterwards, however it ends, it is the caller's again."""
+    with ExitStack() as done:
+        done.callback(meter.close)
+        if keeper:
+            done.callback(keeper.release)
+        done.callback(run.unwrap)
+        done.enter_context(compiled_layers(run.model, compiled))
+        done.enter_context(lean_norms(run.model.language_model, run.accelerator.device.type == "cpu"))
+        yield
 
 
-def _unwrap(model: VisionLanguageModel, wrapped: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Take off what accelerate put around the model: a later forward pass is autocast only where its caller says so."""
-    if "_original_forward" in model.__dict__:
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        del model.forward  # the class's own, bound to this model, which a copy of it would carry along
+class _Run:
+    """What a run has at hand and what is done in a step: micro-batches backward, an update, now and then a measurement."""
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        schedule: Schedule,
+        accelerator: Accelerator,
+        steps: int,
+        keeper: Keeper | None,
+        *,
+        divided: bool,
+    ) -> None:
+        self.model, self._schedule, self.accelerator, self._divided = model, schedule, accelerator, divided
+        if divided:
+            divide(model)
+        optimizer = make_optimizer(model, lr=schedule.lr, weight_decay=schedule.weight_decay)
+        self.history = keeper.start(model, optimizer, accelerator.scaler) if keeper else []
+        self._scheduler = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
+            optimizer,
+            max(1, round(schedule.warmup * steps)),
+            steps,
+            last_epoch=len(self.history) - 1,
+            min_lr_rate=schedule.min_lr,
+        )
+        self._wrapped: Any = model
+        if divided:
+            self.optimizer = accelerator.prepare(optimizer)
+        else:
+            self._wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self._wrapped.train()
+        self._total = torch.zeros((), device=accelerator.device)
+
+    def begin_step(self) -> None:
+        self._total = torch.zeros_like(self._total)
+        torch.manual_seed(self._schedule.seed + len(self.history))  # dropout, where a model has any, follows from the step
+
+    def backward(self, work: Work, batch: Batch, features: torch.Tensor) -> None:
+        accelerator = self.accelerator
+        batch, features = batch.to(accelerator.device), features.to(accelerator.device, non_blocking=True)
+        if self._divided:
+            sync_gradients(self.model, work.last)
+        with nullcontext() if self._divided or work.last else accelerator.no_sync(self._wrapped):
+            with accelerator.autocast():
+                loss, router = self._wrapped(batch, features)
+            # gradients are averaged over processes, the loss is a sum over all of them
+            accelerator.backward(loss * (work.share * accelerator.num_processes) + router / work.parts)
+        self._total += loss.detach() * work.share
+
+    def update(self, epoch: int, where: str) -> dict[str, float]:
+        total, schedule, step = self.accelerator.reduce(self._total, "sum"), self._schedule, len(self.history)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        norm = whole(self.accelerator.clip_grad_norm_(trained, schedule.clip_norm))
+        _require_finite(total, norm, step, schedule, where, scaled=self.accelerator.scaler is not None)
+        lr = self._scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self._scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"step": step, "epoch": epoch, "loss": float(total), "lr": lr, "grad_norm": float(norm)}
+
+    def measure(self, heldout: Heldout) -> None:
+        heldout.measure(self.model, len(self.history) - 1, show=self.accelerator.is_main_process)
+        if self._divided:
+            put_away(self.model)
+        self._wrapped.train()
+
+    def unwrap(self) -> None:
+        """Take off what accelerate put around the model: a later forward pass is autocast only where its caller says so."""
+        if not self._divided and "_original_forward" in self.model.__dict__:
+            self.accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
+            del self.model.forward  # the class's own, bound to this model, which a copy of it would carry along
 
 
 def _require_finite(loss: torch.Tensor, norm: torch.Tensor, step: int, schedule: Schedule, where: str, *, scaled: bool) -> None:

@@ -31,11 +31,12 @@ from pipeline.files import write_json
 from pipeline.heldout import Heldout
 from pipeline.images import ImageRoot
 from pipeline.model import VisionLanguageModel
+from pipeline.planning import plan_work
 from pipeline.sharing import find_sharing
 from pipeline.sources import StoredFeatures
 from pipeline.text import PromptBuilder
 from pipeline.tokens import TokenTable
-from pipeline.training import plan_work, train
+from pipeline.training import train
 from pipeline.vision import Encoder
 
 RANKS = 2

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from pipeline.evaluate import Score, answer_accuracy, heldout_loss
 from pipeline.model import VisionLanguageModel
+from pipeline.planning import Schedule
 from pipeline.sources import FeatureSource, NoFeatures, StoredFeatures
 from pipeline.tokens import TokenTable
-from pipeline.training import Schedule, train
+from pipeline.training import train
 
 WHAT, SHAPE = "<image>\nWhat is this?", "Which is <image> and <image>?"
 QUESTIONS = [

@@ -11,8 +11,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pipeline import norms, training
 from pipeline.norms import lean_norms, rms_norm
+from pipeline.planning import Schedule
 from pipeline.sources import StoredFeatures
-from pipeline.training import Schedule, train
+from pipeline.training import train
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

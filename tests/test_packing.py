@@ -37,10 +37,11 @@ from pipeline.packing import (
     packed_length,
     row_budget,
 )
+from pipeline.planning import plan_work
 from pipeline.sharing import Sharing, alone, find_sharing
 from pipeline.sources import StoredFeatures
 from pipeline.tokens import TokenTable
-from pipeline.training import plan_work, train
+from pipeline.training import train
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from pipeline.batches import collate, plan_epoch, split_by_tokens
 from pipeline.evaluate import heldout_loss
 from pipeline.model import VisionLanguageModel
+from pipeline.planning import Schedule
 from pipeline.sharing import LONGEST, Sharing, alone, branch_mask, find_sharing, lay_out
 from pipeline.sources import StoredFeatures
 from pipeline.tokens import TokenTable
-from pipeline.training import Schedule, train
+from pipeline.training import train
 
 SCHEDULE = Schedule(
     epochs=1, batch_size=8, micro_tokens=10_000, lr=1e-2, warmup=0.1, min_lr=0.1, weight_decay=0.0, clip_norm=1.0, seed=0

@@ -20,9 +20,10 @@ from pipeline.dividing import gather
 from pipeline.errors import PipelineError
 from pipeline.evaluate import heldout_loss
 from pipeline.model import VisionLanguageModel, hold_frozen_in
+from pipeline.planning import Schedule, plan_work
 from pipeline.sources import NoFeatures, StoredFeatures
 from pipeline.tokens import TokenTable
-from pipeline.training import Schedule, make_optimizer, plan_work, train
+from pipeline.training import make_optimizer, train
 
 SCHEDULE = Schedule(
     epochs=2, batch_size=4, micro_tokens=10_000, lr=1e-2, warmup=0.1, min_lr=0.1, weight_decay=0.01, clip_norm=1.0, seed=0
