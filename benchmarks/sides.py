@@ -206,9 +206,9 @@ def same_work(world: World, turn: Turn) -> Result:
         last = [part.language_model.get_decoder().layers[0].mlp.down_proj.weight for part in (model, model_naive)]
         pairs.append((last[0], last[1]))
     distances = [float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in pairs]  # type: ignore[operator, union-attr]
-    flops = training.get_total_flops() + (encoding.get_total_flops() if turn.stage == "sft" else 0)
     told = {"ours": loss.item(), "naive": loss_naive.item(), "gradient_distance": max(distances)}
-    return told | {"flops_per_sample": flops / len(step)}
+    picture = encoding.get_total_flops() / encoder.batch if turn.stage == "sft" else 0.0  # one call, filled up
+    return told | {"flops_per_sample": training.get_total_flops() / len(step) + picture}
 
 
 def _files(world: World, count: int) -> list[Path]:
