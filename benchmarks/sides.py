@@ -208,7 +208,8 @@ def same_work(world: World, turn: Turn) -> Result:
     distances = [float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in pairs]  # type: ignore[operator, union-attr]
     told = {"ours": loss.item(), "naive": loss_naive.item(), "gradient_distance": max(distances)}
     picture = encoding.get_total_flops() / encoder.batch if turn.stage == "sft" else 0.0  # one call, filled up
-    return told | {"flops_per_sample": training.get_total_flops() / len(step) + picture}
+    useful = batch.tokens / batch.ids.numel()  # of this step, which is padded more than those of many rows
+    return told | {"flops_per_sample": training.get_total_flops() * useful / len(step) + picture}
 
 
 def _files(world: World, count: int) -> list[Path]:
