@@ -1,6 +1,6 @@
 # make demo   the whole pipeline on the embedded world, then one answered question
 # make test   the fast tests        make test-all   the slow ones too
-# make check  lint, format, types   make lock       renew constraints.txt
+# make check  lint, format, types, floors   make lock       renew constraints.txt
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,7 +34,7 @@ test-all: $(BIN)/.installed
 	@python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 check: $(BIN)/.installed
-	@ruff check . && ruff format --check . && mypy
+	@ruff check . && ruff format --check . && mypy && lint-imports
 
 lock: $(BIN)/.installed
 	@(echo "# Exact versions of everything \`make\` installs; pyproject.toml has the ranges. Renewed by \`make lock\`."; \

@@ -9,7 +9,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from pipeline.files import publish
+from pipeline.core.files import publish
 
 LABELS, BARS, STEP = 230, 460, 24  # pixels: column of names, longest bar, height of a line
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rows import ROW_BYTES, SHAPE, Side, make_rows, require_rows
-from pipeline.errors import RESOURCE, PipelineError
+from pipeline.core.errors import RESOURCE, PipelineError
 
 BATCH = 64
 IN_MEMORY = 0.2  # of a side's bytes, at most, when its turn begins: opening Arrow reads ahead of every record batch's header

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from benchmarks.tokenizing import PATCHES, open_rows
 from pipeline.check.survey import Settings, Subject, survey
-from pipeline.formats import Source, SourceSpec
-from pipeline.params import load
-from pipeline.text import PromptBuilder
-from pipeline.tokenization import Summary, tokenize
-from pipeline.tokens import write_tokens
+from pipeline.params.reading import load
+from pipeline.records.formats import Source, SourceSpec
+from pipeline.text.builder import PromptBuilder
+from pipeline.text.token_table import write_tokens
+from pipeline.text.tokenization import Summary, tokenize
 
 SHARES = (0.1, 0.5, 1.0)
 
@@ -47,7 +47,7 @@ def follow_tokenize(root: Path, rows: int) -> tuple[list[int], float]:
 
 
 def follow_check(root: Path, rows: int) -> tuple[list[int], float]:
-    """The same of `python -m pipeline.records check` on rows.parquet, every picture decoded."""
+    """The same of `python -m pipeline.check` on rows.parquet, every picture decoded."""
     params, name, images = load(Path("params.yaml")), str(root / "rows.parquet"), str(root / "images")
     subject = Subject(name, name, images, Source(SourceSpec(name, images=images)))
     builder = PromptBuilder("data/models/llm", image_token="<image>", tokens=PATCHES)

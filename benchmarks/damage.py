@@ -29,13 +29,13 @@ from tqdm import tqdm
 
 from benchmarks.figures import read, record
 from benchmarks.kills import Ended, Trials, run
-from pipeline.errors import ARTEFACT, PipelineError, exit_on_error
-from pipeline.extraction import distinct_images, extract
-from pipeline.features import INDEX, FeatureStore
+from pipeline.core.errors import ARTEFACT, PipelineError, exit_on_error
+from pipeline.core.quiet import quiet_libraries
 from pipeline.features.__main__ import app as features
-from pipeline.images import ImageRoot
-from pipeline.stage import be_quiet
-from pipeline.vision import Encoder
+from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.store.store import INDEX, FeatureStore
+from pipeline.records.images import ImageRoot
 
 IMAGES, MODEL = "data/easyvqa/images.zip", "data/models/clip"
 PICTURES, FIRST, SHARD_ROWS = 64, 24, 16  # the first run ends with a shard that is not full, which the second replaces
@@ -220,7 +220,7 @@ def main(
 
 
 def _main(kills: int, flips: int, rng: random.Random, results: Path) -> None:
-    be_quiet()
+    quiet_libraries()
     read(results)  # a file that cannot take the figures is better known now
     torch.set_num_threads(1)  # a forked process has one
     steps, console = extractions(), Console()

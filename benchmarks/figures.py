@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import ARTEFACT, PipelineError, brief
-from pipeline.files import write_json
+from pipeline.core.errors import ARTEFACT, PipelineError, brief
+from pipeline.core.files import write_json
 
 
 def hardware() -> str:

@@ -1,6 +1,6 @@
 """This project's store as sides of the benchmark, and the machine's limit for cold reads of the same files.
 
-The store is written by `pipeline.shards` and read by `pipeline.features`, in shards small enough that a batch's rows lie
+The store is `pipeline.features.store`, in shards small enough that a batch's rows lie
 in several, as they do in any store of more images than one shard holds.
 """
 
@@ -19,25 +19,25 @@ import pyarrow as pa
 import torch
 
 from benchmarks.rows import ROW_BYTES, SHAPE, Epoch, Side, blocks
-from pipeline.ahead import run_ahead
-from pipeline.errors import RESOURCE, PipelineError, brief
-from pipeline.features import INDEX, FeatureStore
-from pipeline.files import write_json
-from pipeline.rows import Float16Rows, Int8Rows, Rows, constants_digest
-from pipeline.shards import row_bytes, shard_name, write_shard
-from pipeline.sources import StoredFeatures
-from pipeline.tokens import SCHEMA, TokenTable, write_tokens
-from pipeline.vision import fingerprint
+from pipeline.core.errors import RESOURCE, PipelineError, brief
+from pipeline.core.files import write_json
+from pipeline.core.fingerprint import fingerprint
+from pipeline.core.prefetch import prefetch
+from pipeline.features.sources import StoredFeatures
+from pipeline.features.store.row_format import Float16Format, Int8Format, RowFormat, constants_digest
+from pipeline.features.store.shards import row_bytes, shard_name, write_shard
+from pipeline.features.store.store import INDEX, FeatureStore
+from pipeline.text.token_table import SCHEMA, TokenTable, write_tokens
 
 SHARD_ROWS = 512
 THREADS = 2  # runtime.workers
 AHEAD = 2  # batches announced before they are read; what run_ahead keeps in work
-INT8 = Int8Rows(SHAPE[0], np.zeros(SHAPE[1], np.float32), np.ones(SHAPE[1], np.float32))
+INT8 = Int8Format(SHAPE[0], np.zeros(SHAPE[1], np.float32), np.ones(SHAPE[1], np.float32))
 
 
 def store(folder: Path, count: int) -> None:
     """Rows as float16, the default."""
-    _write(folder, count, Float16Rows(*SHAPE), {})
+    _write(folder, count, Float16Format(*SHAPE), {})
 
 
 def store_int8(folder: Path, count: int) -> None:
@@ -45,7 +45,7 @@ def store_int8(folder: Path, count: int) -> None:
     _write(folder, count, INT8, {"storage": "int8", "constants": constants_digest(INT8.constants)})
 
 
-def _write(folder: Path, count: int, rows: Rows, storage: dict[str, str]) -> None:
+def _write(folder: Path, count: int, rows: RowFormat, storage: dict[str, str]) -> None:
     spec = {**storage, "tokens": SHAPE[0], "width": SHAPE[1]}
     shards = []
     for start in range(0, count, SHARD_ROWS):
@@ -97,7 +97,7 @@ def read_into(folder: Path) -> Iterator[Epoch]:
 
 @contextmanager
 def training_loop(folder: Path) -> Iterator[Epoch]:
-    """What `pipeline.training` waits for: the feature source, run ahead of its consumer."""
+    """What the training loop waits for: the feature source, run ahead of its consumer."""
     source = StoredFeatures(FeatureStore(folder), TokenTable(folder / "tokens.arrow"))
 
     def prepare(rows: np.ndarray) -> np.ndarray:
@@ -105,8 +105,8 @@ def training_loop(folder: Path) -> Iterator[Epoch]:
         return rows
 
     def epoch(batches: Sequence[np.ndarray], _out: np.ndarray) -> Iterator[np.ndarray]:
-        announced = run_ahead(batches, prepare, depth=THREADS + 1)
-        prepared = run_ahead((rows for rows, _ in announced), source.load, depth=THREADS, threads=THREADS)
+        announced = prefetch(batches, prepare, depth=THREADS + 1)
+        prepared = prefetch((rows for rows, _ in announced), source.load, depth=THREADS, threads=THREADS)
         for _, loaded in prepared:
             yield source.features(loaded).numpy()
 

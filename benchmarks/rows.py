@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.core.errors import ARTEFACT, PipelineError
 
 SHAPE = (196, 768)  # P, Dv
 ROW_BYTES = SHAPE[0] * SHAPE[1] * 2

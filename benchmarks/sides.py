@@ -22,21 +22,28 @@ from transformers import AutoImageProcessor, CLIPVisionModel
 
 from benchmarks.naive import RECIPES, NaiveModel, Recipe, Rows, make_loader, masked_loss, train_naive
 from benchmarks.world import IMAGE_TOKEN, World
-from pipeline.batches import collate, plan_epoch
-from pipeline.errors import exit_on_error
-from pipeline.extraction import distinct_images, extract
-from pipeline.features import FeatureStore
-from pipeline.hardware import keep_freed_memory, peak_memory_gb, pick_attention, use_fast_float32
-from pipeline.images import ImageRoot
-from pipeline.model import VisionLanguageModel, build_projector, freeze, hidden_size, load_language_model
-from pipeline.planning import Schedule, plan_work
-from pipeline.sharing import LONGEST, Sharing, alone, find_sharing
-from pipeline.sources import FeatureSource, LiveFeatures, StoredFeatures
-from pipeline.stage import be_quiet
-from pipeline.text import PromptBuilder
-from pipeline.tokens import TokenTable
-from pipeline.training import MIXED, train
-from pipeline.vision import Encoder
+from pipeline.core.devices import keep_freed_memory, peak_memory_gb, use_fast_float32
+from pipeline.core.errors import exit_on_error
+from pipeline.core.quiet import quiet_libraries
+from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.sources import FeatureSource, LiveFeatures, StoredFeatures
+from pipeline.features.store.store import FeatureStore
+from pipeline.records.images import ImageRoot
+from pipeline.text.builder import PromptBuilder
+from pipeline.text.token_table import TokenTable
+from pipeline.vlm.batches.collate import collate
+from pipeline.vlm.batches.examples import Examples
+from pipeline.vlm.batches.loader import plan_micro_batches
+from pipeline.vlm.batches.plan import plan_epoch
+from pipeline.vlm.batches.schedule import Execution, Schedule
+from pipeline.vlm.batches.sharing import LONGEST, Sharing, find_sharing, no_sharing
+from pipeline.vlm.model.attention import choose_attention
+from pipeline.vlm.model.freezing import freeze
+from pipeline.vlm.model.language_model import hidden_size, load_language_model
+from pipeline.vlm.model.projector import build_projector
+from pipeline.vlm.model.vlm import VisionLanguageModel
+from pipeline.vlm.training.loop import MIXED, train
 
 CPU = torch.device("cpu")
 LIVE_CACHE, MICRO_TOKENS, EXTRACT_BATCH, SHARD_ROWS, THREADS, SEED = 512_000_000, 16384, 16, 4096, 2, 0  # as params.yaml has them
@@ -88,7 +95,7 @@ def _encoder(world: World, turn: Turn) -> Encoder:
 
 
 def _sharing(turn: Turn, table: TokenTable) -> Sharing:
-    return find_sharing(table) if turn.share_images else alone(table.lengths)
+    return find_sharing(table) if turn.share_images else no_sharing(table.lengths)
 
 
 def _our_model(world: World, turn: Turn, encoder: Encoder, table: TokenTable) -> VisionLanguageModel:
@@ -97,9 +104,8 @@ def _our_model(world: World, turn: Turn, encoder: Encoder, table: TokenTable) ->
     language_model = load_language_model(str(world.llm(turn.model)), dtype=dtype)
     torch.manual_seed(SEED)
     model = VisionLanguageModel(build_projector("linear", encoder.width, hidden_size(language_model)), language_model)
-    model.language_model.set_attn_implementation(
-        pick_attention(CPU, LONGEST if turn.share_images else int(table.lengths.max()), "llama")
-    )
+    longest = LONGEST if turn.share_images else int(table.lengths.max())
+    model.language_model.set_attn_implementation(choose_attention(model.language_model.config, CPU, longest))
     freeze(model, "projector" if frozen else "all")
     return model
 
@@ -128,10 +134,9 @@ def ours(world: World, turn: Turn) -> Result:
         part = TokenTable(world.tokens(turn.table), limit=rows)
         source = _source(world, turn, encoder, part)
         sharing = _sharing(turn, part)
-        return train(
-            model, part, source, schedule, accelerator,
-            image_id=image_id, name="ours", sharing=sharing, threads=THREADS, compiled=turn.compiled,
-        )  # fmt: skip
+        examples = Examples(part, source, image_id, sharing)
+        execution = Execution(name="ours", threads=THREADS, compiled=turn.compiled)
+        return train(model, examples, schedule, accelerator, execution=execution)
 
     run(turn.rows)  # makes oneDNN's programs, one a shape, or a compiler's; the naive side has one shape and needs one step
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or the next run would wrap its forward a second time
@@ -144,7 +149,7 @@ def ours(world: World, turn: Turn) -> Result:
 
 def _tokens(table: TokenTable, schedule: Schedule, sharing: Sharing) -> tuple[int, float]:
     """Tokens of an epoch's batches, and what share of their positions holds none."""
-    works = plan_work(table, schedule, 0, sharing=sharing)
+    works = plan_micro_batches(table, schedule, 0, sharing=sharing)
     lengths = [np.array([sharing.unit_length(unit) for unit in work.units]) for work in works]
     tokens = sum(int(found.sum()) for found in lengths)
     return tokens, 1 - tokens / sum(int(found.max()) * len(found) for found in lengths)
@@ -294,7 +299,7 @@ SIDES: dict[str, Callable[[World, Turn], Result]] = {
 
 
 def main(turn: Turn) -> None:
-    be_quiet()
+    quiet_libraries()
     before = peak_gb()
     result = SIDES[turn.side](World(Path(turn.world)), turn)
     print(json.dumps(result | {"peak_gb": peak_gb() - before}))

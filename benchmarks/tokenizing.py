@@ -16,12 +16,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.talk import rows
-from pipeline.formats import BadRow, Digests, GoodImages, Source, SourceSpec
-from pipeline.images import ImageRoot, digest
-from pipeline.records import ImageSlot, Record, Turn
-from pipeline.text import PromptBuilder
-from pipeline.tokenization import Choice, Summary, Tokenizer, tokenize
-from pipeline.tokens import write_tokens
+from pipeline.records.formats import BadRow, Digests, GoodImages, Source, SourceSpec
+from pipeline.records.images import ImageRoot, digest
+from pipeline.records.record import ImageSlot, Record, Turn
+from pipeline.text.builder import PromptBuilder
+from pipeline.text.token_table import write_tokens
+from pipeline.text.tokenization import Choice, Summary, Tokenizer, tokenize
 
 PATCHES = 64  # P
 BATCH = 1024  # texts a call of the library: what it is fastest with here

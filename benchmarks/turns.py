@@ -13,7 +13,7 @@ from rich.console import Console
 
 from benchmarks.sides import Turn
 from benchmarks.world import World
-from pipeline.errors import RESOURCE, PipelineError
+from pipeline.core.errors import RESOURCE, PipelineError
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.cold import bytes_from_disk
 from benchmarks.rows import ROW_BYTES, SHAPE, Epoch, Side, make_rows, require_rows
-from pipeline.buffers import page_aligned
-from pipeline.errors import RESOURCE, PipelineError
+from pipeline.core.errors import RESOURCE, PipelineError
+from pipeline.features.store.buffers import page_aligned
 
 BATCHES, HEADLINE = (16, 64, 256), 64
 READ_AHEAD = 2**24  # bytes a turn that the kernel may still fetch behind the rows, libraries' code included

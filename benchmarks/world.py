@@ -22,16 +22,16 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.extraction import distinct_images, extract
-from pipeline.files import write_json
-from pipeline.formats import RowPolicy, SourceSpec, open_source
-from pipeline.images import ImageRoot
-from pipeline.stage import be_quiet
-from pipeline.text import PromptBuilder
-from pipeline.tokenization import Summary, tokenize
-from pipeline.tokenization import Tokenizer as RowTokenizer
-from pipeline.tokens import write_tokens
-from pipeline.vision import Encoder
+from pipeline.core.files import write_json
+from pipeline.core.quiet import quiet_libraries
+from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.extraction import distinct_images, extract
+from pipeline.records.formats import RowPolicy, SourceSpec, open_source
+from pipeline.records.images import ImageRoot
+from pipeline.text.builder import PromptBuilder
+from pipeline.text.token_table import write_tokens
+from pipeline.text.tokenization import Summary, tokenize
+from pipeline.text.tokenization import Tokenizer as RowTokenizer
 
 IMAGE_TOKEN, QUESTIONS, SHORTEST, LONGEST = "@", 10, 30, 45  # MiniMind-V's placeholder is an ordinary character
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as in MiniMind: padding, begin, end
@@ -96,7 +96,7 @@ class World:
 
 def build(folder: Path, *, models: list[str], rows: int, pictures: int, tiny: bool) -> World:
     """Make a world: captions as `rows` over `pictures` pictures in turn, and ten questions on each of them."""
-    be_quiet()
+    quiet_libraries()
     world, rng = World(folder), random.Random(0)
     words = _words(rng)
     tokenizer = train_tokenizer(words, rng)

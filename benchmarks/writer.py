@@ -18,10 +18,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-from pipeline.extraction import ImageFile, distinct_images, extract
-from pipeline.hardware import pick_device
-from pipeline.images import ImageRoot
-from pipeline.vision import Encoder
+from pipeline.core.devices import pick_device
+from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.extraction import ImageFile, distinct_images, extract
+from pipeline.records.images import ImageRoot
 
 WORKERS, SHARD_ROWS = 2, 4096  # as in params.yaml
 SIZE = (640, 480)

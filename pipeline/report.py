@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.errors import ARTEFACT, PipelineError, exit_on_error
+from pipeline.core import ARTEFACT, PipelineError, exit_on_error
 
 STAGES = ("extract", "tokenize", "pretrain", "sft")
 

@@ -1,8 +1,8 @@
 """Stage 1: the frozen vision encoder over every image, once.
 
 Reads the images that the pretraining and held-out records name; writes data/features (HDF5 shards, a row an image),
-data/features_meta.json (P and Dv: all that tokenize needs to know of the encoder), data/features_images.npy (which images
-can be decoded) and data/features_rejected.csv (which cannot, and why). Which rows that costs is decided by tokenize.
+data/features_meta (all that tokenize needs to know: P and Dv in encoder.json, which images can be decoded in images.npy)
+and data/features_rejected.csv (which images cannot be decoded, and why). Which rows that costs is decided by tokenize.
 """
 
 import csv
@@ -14,15 +14,12 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from pipeline.datasets import good_rows, open_dataset, picture_is_used
-from pipeline.errors import PipelineError
-from pipeline.extraction import distinct_images, extract
-from pipeline.files import main_checkout, publish, write_json
-from pipeline.formats import GoodImages, Mixture, Source
-from pipeline.hardware import pick_device, use_fast_float32
+from pipeline.core import PipelineError, main_checkout, publish, publish_folder, to_json
+from pipeline.core.devices import pick_device, use_fast_float32
+from pipeline.features import Encoder, distinct_images, extract
 from pipeline.params import StageParams
-from pipeline.stage import run_stage
-from pipeline.vision import Encoder
+from pipeline.records import GoodImages, Mixture, Source, good_rows, open_dataset, picture_is_used
+from stages.run import run_stage
 
 
 def main(params: StageParams) -> dict[str, Any]:
@@ -57,8 +54,8 @@ def main(params: StageParams) -> dict[str, Any]:
         **processes,
     )
     if not processes.get("rank"):
-        write_json(Path("data/features_meta.json"), {"tokens": encoder.tokens, "width": encoder.width})
-        _write_verdicts(hashes[done.good], [*missing, *done.bad])
+        _write_meta(encoder, hashes[done.good])
+        _write_rejected([*missing, *done.bad])
     rate = round(done.encoded / done.seconds, 1) if done.seconds else 0.0
     return {
         "images": done.images,
@@ -86,9 +83,13 @@ def _names(source: Source | Mixture, data: Any) -> Iterator[str]:
             yield from record.images
 
 
-def _write_verdicts(good: np.ndarray, bad: list[PipelineError]) -> None:
-    with publish(Path("data/features_images.npy")) as temporary, temporary.open("wb") as file:
-        np.save(file, GoodImages.table(good))
+def _write_meta(encoder: Encoder, good: np.ndarray) -> None:
+    with publish_folder(Path("data/features_meta")) as folder:
+        (folder / "encoder.json").write_text(to_json({"tokens": encoder.tokens, "width": encoder.width}), encoding="utf-8")
+        np.save(folder / "images.npy", GoodImages.table(good))
+
+
+def _write_rejected(bad: list[PipelineError]) -> None:
     table, bad = Path("data/features_rejected.csv"), list({error.where: error for error in bad}.values())
     with publish(table) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as text:
         writer = csv.writer(text, lineterminator="\n")

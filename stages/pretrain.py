@@ -6,8 +6,8 @@ Reads data/features and data/tokens; writes models/pretrain, results/pretrain/hi
 from typing import Any
 
 from pipeline.params import StageParams
-from pipeline.stage import run_stage
-from pipeline.train_stage import train_stage
+from pipeline.vlm.training import train_stage
+from stages.run import run_stage
 
 
 def main(params: StageParams) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Stage 2: conversations to token ids, supervised spans and image positions.
 
-Reads the records of every data set, P from data/features_meta.json and from data/features_images.npy which images extract
-has decoded; others are decoded here, once, so that no row whose image is broken reaches training. Writes
-data/tokens/{pretrain,sft,heldout}.arrow, data/tokens/refused.jsonl, the rows that did not fit with file, line and reason,
-and data/tokens/rejected_*.csv, the rows that are broken. Stops when a picture that is held out is also trained on.
+Reads the records of every data set, and from data/features_meta P and which images extract has decoded; others are decoded
+here, once, so that no row whose image is broken reaches training. Writes data/tokens/{pretrain,sft,heldout}.arrow,
+data/tokens/refused.jsonl, the rows that did not fit with file, line and reason, and data/tokens/rejected_*.csv, the rows
+that are broken. Stops when a picture that is held out is also trained on.
 """
 
 import json
@@ -14,23 +14,18 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from pipeline.datasets import judged, open_dataset, side_of
-from pipeline.errors import ARTEFACT, BAD_ROWS, PipelineError, brief
-from pipeline.features import as_arrow
-from pipeline.files import publish_folder
-from pipeline.formats import Mixture, Source
+from pipeline.core import ARTEFACT, BAD_ROWS, PipelineError, brief, publish_folder
 from pipeline.params import Data, StageParams
-from pipeline.stage import run_stage
-from pipeline.text import PromptBuilder
-from pipeline.tokenization import Choice, Summary, Tokenizer, tokenize
-from pipeline.tokens import TokenTable, write_tokens
+from pipeline.records import Mixture, Source, as_arrow, open_dataset, row_policy, side_of
+from pipeline.text import Choice, PromptBuilder, Summary, Tokenizer, TokenTable, tokenize, write_tokens
+from stages.run import run_stage
 
 SPLITS = ("pretrain", "sft", "heldout")
-GOOD = Path("data/features_images.npy")
+META = Path("data/features_meta")
 
 
 def main(params: StageParams) -> dict[str, Any]:
-    meta = _read_meta(Path("data/features_meta.json"))
+    meta = _read_meta(META / "encoder.json")
     llm, limits = params.llm, params.tokenize
     builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=meta["tokens"])
     figures: dict[str, Any] = {}
@@ -40,7 +35,7 @@ def main(params: StageParams) -> dict[str, Any]:
             summary, choice = Summary(), _choice(params.data, split)
             with (
                 tqdm(desc=f"tokenize {split}", unit="row", mininterval=0.5) as bar,
-                judged(source, params.data, rejected=folder / f"rejected_{split}.csv") as policy,
+                row_policy(source, params.data, rejected=folder / f"rejected_{split}.csv") as policy,
             ):
                 batches = tokenize(
                     source.records(),
@@ -68,7 +63,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 def _choice(data: Data, split: str) -> Choice:
     heldout = data.heldout
-    return Choice(GOOD, side_of(heldout, trained=split != "heldout"), heldout.share, heldout.seed)
+    return Choice(META / "images.npy", side_of(heldout, trained=split != "heldout"), heldout.share, heldout.seed)
 
 
 def _tell(split: str, source: Source | Mixture, choice: Choice, summary: Summary) -> None:

@@ -33,17 +33,20 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from pipeline.extraction import distinct_images, extract
-from pipeline.features import FeatureStore
-from pipeline.formats import RowPolicy, SourceSpec, open_source
-from pipeline.images import ImageRoot
-from pipeline.model import VisionLanguageModel, build_projector, freeze, load_language_model
-from pipeline.records import Record
-from pipeline.text import PromptBuilder
-from pipeline.tokenization import Summary, tokenize
-from pipeline.tokenization import Tokenizer as RowTokenizer
-from pipeline.tokens import TokenTable, write_tokens
-from pipeline.vision import Encoder
+from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.store.store import FeatureStore
+from pipeline.records.formats import RowPolicy, SourceSpec, open_source
+from pipeline.records.images import ImageRoot
+from pipeline.records.record import Record
+from pipeline.text.builder import PromptBuilder
+from pipeline.text.token_table import TokenTable, write_tokens
+from pipeline.text.tokenization import Summary, tokenize
+from pipeline.text.tokenization import Tokenizer as RowTokenizer
+from pipeline.vlm.model.freezing import freeze
+from pipeline.vlm.model.language_model import load_language_model
+from pipeline.vlm.model.projector import build_projector
+from pipeline.vlm.model.vlm import VisionLanguageModel
 
 settings.register_profile("repeatable", derandomize=True, database=None)  # the same examples on every machine and day
 settings.load_profile("repeatable")

@@ -11,10 +11,10 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import PipelineError
-from pipeline.formats import BadRow, SourceSpec, open_source
-from pipeline.images import ImageError
-from pipeline.records import ImageSlot, Record
+from pipeline.core.errors import PipelineError
+from pipeline.records.formats import BadRow, SourceSpec, open_source
+from pipeline.records.images import ImageError
+from pipeline.records.record import ImageSlot, Record
 
 Png = Callable[[int], bytes]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.formats import BadRow, SourceSpec, open_source
-from pipeline.records import ImageSlot, Record, Turn
+from pipeline.records.formats import BadRow, SourceSpec, open_source
+from pipeline.records.record import ImageSlot, Record, Turn
 
 Png = Callable[[int], bytes]
 

@@ -10,7 +10,7 @@ from conftest import WIDTH, World
 from typer.testing import CliRunner, Result
 
 from pipeline.minimind.__main__ import app
-from pipeline.model import load_language_model
+from pipeline.vlm.model.language_model import load_language_model
 
 VOCABULARY, D, H, LAYERS, TOKENS = 320, 32, 4, 2, 11  # D = 8 heads × H
 

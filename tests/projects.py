@@ -8,8 +8,10 @@ from typing import Any
 
 from conftest import World
 
-from pipeline.params import Params, StageParams, check, override, read_yaml
-from pipeline.tokens import TokenTable
+from pipeline.params.reading import check, override, read_yaml
+from pipeline.params.schema import Params
+from pipeline.params.stage_view import StageParams
+from pipeline.text.token_table import TokenTable
 from stages import extract, pretrain, sft, tokenize
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +67,6 @@ class Project:
 
     def outputs(self) -> dict[str, bytes]:
         """Every byte that the stages wrote under data."""
-        found = [path for name in ("features", "tokens") for path in (self.folder / "data" / name).glob("*")]
-        found += (self.folder / "data").glob("features_*")
+        found = [path for name in ("features", "features_meta", "tokens") for path in (self.folder / "data" / name).glob("*")]
+        found += (self.folder / "data").glob("features_*.csv")
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in found}

@@ -1,4 +1,4 @@
-"""What a data set holds and what is wrong with it, before anything is computed: `python -m pipeline.records check`.
+"""What a data set holds and what is wrong with it, before anything is computed: `python -m pipeline.check`.
 
 survey      one pass over a data set's rows, in constant memory, into a `Report`
 pictures    every distinct picture read, its header checked, decoded

@@ -1,4 +1,4 @@
-"""The command `python -m pipeline.records check`: data sets opened, surveyed one after the other, told and judged."""
+"""The command `python -m pipeline.check`: data sets opened, surveyed one after the other, told and judged."""
 
 import warnings
 from dataclasses import dataclass
@@ -15,24 +15,16 @@ from pipeline.check.facts import Model, cost
 from pipeline.check.page import write_page
 from pipeline.check.survey import Report, Settings, Subject, survey
 from pipeline.check.terminal import clean, open_console, show
-from pipeline.datasets import open_dataset
-from pipeline.errors import BAD_ROWS, PipelineError, exit_on_error
-from pipeline.files import make_folder
-from pipeline.formats import Source, SourceSpec
+from pipeline.core import BAD_ROWS, PipelineError, exit_on_error, make_folder, quiet_libraries
 from pipeline.params import Dataset, Params, load
-from pipeline.stage import be_quiet
+from pipeline.records import Source, SourceSpec, open_dataset
 from pipeline.text import PromptBuilder
 
 SETS = ("pretrain", "sft", "heldout")
 EXTRACTED = ("pretrain", "heldout")  # what the stage extract reads
 EXAMPLES = 12
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Data sets and their rows.")
-
-
-@app.callback()
-def _commands() -> None:
-    """Data sets and their rows."""
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -68,7 +60,7 @@ class Asked:
 
 
 def _check(asked: Asked, params: Params) -> None:
-    be_quiet()
+    quiet_libraries()
     warnings.simplefilter("ignore")  # Pillow's, about EXIF and sizes: what matters of them is counted
     if asked.html:
         _require_page(asked.html)

@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from pipeline.errors import PipelineError, brief
-from pipeline.hardware import pick_device, use_fast_float32
+from pipeline.core import PipelineError, brief
+from pipeline.core.devices import pick_device, use_fast_float32
+from pipeline.features import Encoder, Float16Format, Int8Format, RowFormat, row_bytes
 from pipeline.params import LanguageModel, Params
-from pipeline.rows import Float16Rows, Int8Rows, Rows
-from pipeline.shards import row_bytes
-from pipeline.vision import Encoder
 
 CHEAP = 500_000_000  # bytes of weights up to which the encoder is loaded to be timed
 BATCHES = 3
@@ -39,7 +37,7 @@ class Rate:
     source: str
 
 
-def encoder_shape(params: Params, meta: Path = Path("data/features_meta.json")) -> Shape:
+def encoder_shape(params: Params, meta: Path = Path("data/features_meta/encoder.json")) -> Shape:
     """From the encoder's configuration, or from the last extraction; raises `PipelineError` when neither is there."""
     vision = params.vision
     try:
@@ -52,9 +50,9 @@ def encoder_shape(params: Params, meta: Path = Path("data/features_meta.json")) 
             tokens, width = int(found["tokens"]), int(found["width"])
         except (OSError, ValueError, KeyError, TypeError):
             raise PipelineError(f"cannot load {vision.model}: {brief(error)}", where="vision.model") from None
-    rows: Rows = Float16Rows(tokens, width)
+    rows: RowFormat = Float16Format(tokens, width)
     if vision.storage == "int8":
-        rows = Int8Rows(tokens, np.zeros(width), np.ones(width))
+        rows = Int8Format(tokens, np.zeros(width), np.ones(width))
     return Shape(tokens, width, row_bytes(rows), vision.storage)
 
 

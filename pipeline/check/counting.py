@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.formats import BadRow
+from pipeline.records import BadRow
 
 LISTED = 100  # bad rows kept with their reason, for the page; the terminal shows ten
 KINDS = 40  # kinds of reasons counted apart

@@ -7,9 +7,8 @@ from itertools import pairwise
 import numpy as np
 
 from pipeline.check.pictures import SHOWN
-from pipeline.prompts import Prompt
 from pipeline.records import ImageSlot, Record
-from pipeline.text import PromptBuilder
+from pipeline.text import Prompt, PromptBuilder
 
 LONGEST = 4000  # letters shown of one row
 

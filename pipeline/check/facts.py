@@ -7,8 +7,8 @@ from pipeline.check.costs import Rate, Shape
 from pipeline.check.counting import Spread
 from pipeline.check.pictures import PictureCounts
 from pipeline.check.survey import Report
-from pipeline.formats import Mixture
 from pipeline.params import Tokenize
+from pipeline.records import Mixture
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 
 from pipeline.check.counting import Spread
 from pipeline.check.pictures import bad_record
-from pipeline.errors import PipelineError
-from pipeline.formats import BadRow
+from pipeline.core import PipelineError
 from pipeline.params import Tokenize
-from pipeline.prompts import Prompt
-from pipeline.records import PLACEHOLDER, Record
-from pipeline.text import PromptBuilder
-from pipeline.tokenization import TOO_LONG, fit
+from pipeline.records import PLACEHOLDER, BadRow, Record
+from pipeline.text import TOO_LONG, Prompt, PromptBuilder, fit
 
 
 @dataclass(slots=True)

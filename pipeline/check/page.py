@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.check.counting import Spread
 from pipeline.check.facts import Model, facts
 from pipeline.check.survey import Report
-from pipeline.files import publish
+from pipeline.core import publish
 
 WIDTH, HEIGHT, TOP, BOTTOM = 900, 220, 24, 26  # of the histogram, in its own units
 

@@ -13,12 +13,9 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from pipeline.ahead import run_ahead
 from pipeline.check.counting import Keys, Spread
-from pipeline.errors import PipelineError, brief
-from pipeline.formats import BadRow, Mixture, Source
-from pipeline.images import FORMATS, ImageError, check_size, decode, digest
-from pipeline.records import Record
+from pipeline.core import PipelineError, brief, prefetch
+from pipeline.records import FORMATS, BadRow, ImageError, Mixture, Record, Source, check_size, decode, digest
 
 SIDE = 160  # pixels of a thumbnail's longer side
 SHOWN = 6  # pictures drawn of one row
@@ -95,7 +92,7 @@ class PictureCheck:
         thumbnails: dict[str, str] = {}
         sound: list[_Look] = []
         bad: list[int] = []
-        for job, look in run_ahead(self._jobs(records, known, drawn), self._look, depth=4 * self._threads, threads=self._threads):
+        for job, look in prefetch(self._jobs(records, known, drawn), self._look, depth=4 * self._threads, threads=self._threads):
             if look.thumbnail:
                 thumbnails[job.name] = look.thumbnail
             if not job.fresh:

@@ -10,11 +10,9 @@ from pipeline.check.counting import BadRows, Spread
 from pipeline.check.examples import Example, Examples, make_example
 from pipeline.check.lengths import LengthCheck, LengthCounts
 from pipeline.check.pictures import PictureCheck, PictureCounts
-from pipeline.formats import BadRow, Mixture, Source
 from pipeline.params import Tokenize
-from pipeline.prompts import Prompt
-from pipeline.records import ImageSlot, Record
-from pipeline.text import PromptBuilder
+from pipeline.records import BadRow, ImageSlot, Mixture, Record, Source
+from pipeline.text import Prompt, PromptBuilder
 
 CHUNK = 256  # rows at a time
 

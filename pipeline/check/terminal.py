@@ -7,7 +7,7 @@ from rich.text import Text
 from pipeline.check.counting import Spread
 from pipeline.check.facts import Fact, Model, facts
 from pipeline.check.survey import Report
-from pipeline.formats.policy import SHOWN
+from pipeline.records import SHOWN
 
 STYLES = {"": "", "note": "yellow", "bad": "bold red"}
 BAR = 30  # letters

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import ARTEFACT, PipelineError, exit_on_error
+from pipeline.core import ARTEFACT, PipelineError, exit_on_error
 from pipeline.export.marker import check_target
 
 
@@ -45,10 +45,10 @@ def _export(folder: Path, out: Path, *, gguf: bool, dtype: str, rows: int, repos
     check_target(out)
     if not (folder / "glance.json").is_file():
         raise PipelineError("no trained model here", where=str(folder), remedy="dvc repro, or name its folder", code=ARTEFACT)
+    from pipeline.core import quiet_libraries
     from pipeline.export.publish import check_repository, export_model, upload
-    from pipeline.stage import be_quiet
 
-    be_quiet()
+    quiet_libraries()
     if repository is not None:
         check_repository(repository)
     print(export_model(folder, out, gguf=gguf, dtype=dtype, rows=rows), flush=True)
@@ -57,10 +57,10 @@ def _export(folder: Path, out: Path, *, gguf: bool, dtype: str, rows: int, repos
 
 
 def _restore(folder: Path, out: Path, encoder: Path | None) -> None:
+    from pipeline.core import quiet_libraries
     from pipeline.export.restore import restore_model
-    from pipeline.stage import be_quiet
 
-    be_quiet()
+    quiet_libraries()
     print(restore_model(folder, out, encoder=encoder), flush=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline import __version__
-from pipeline.errors import PipelineError
+from pipeline.core import PipelineError
 from pipeline.export.proof import Proof
 from pipeline.export.source import Source
 from pipeline.params import read_yaml

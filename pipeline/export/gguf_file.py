@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import torch
 
-from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.core import ARTEFACT, PipelineError
 
 TYPES = {
     "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),

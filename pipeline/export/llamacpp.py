@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import torch
 
-from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.core import ARTEFACT, PipelineError
 from pipeline.export.gguf_file import write_file
 from pipeline.export.llava import language_tensors, projector_tensors
 from pipeline.export.processor import exported_tokenizer

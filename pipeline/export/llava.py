@@ -24,9 +24,9 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
-from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.core import ARTEFACT, PipelineError
+from pipeline.core.devices import DTYPES
 from pipeline.export.source import Source
-from pipeline.hardware import DTYPES
 
 # Our projector's place in the nn.Sequential -> its name in the class it is exported to.
 LAYERS: dict[str, dict[str, str]] = {

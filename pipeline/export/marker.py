@@ -5,11 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ARTEFACT, PipelineError, brief
-from pipeline.files import write_json
+from pipeline.core import ARTEFACT, PipelineError, brief, write_json
 
 if TYPE_CHECKING:  # a wrong folder is told before heavy modules are imported
-    from pipeline.checkpoint import Manifest
+    from pipeline.vlm.model import Manifest
 
 FORMAT = 1
 MARKER = "glance_export.json"
@@ -32,7 +31,7 @@ def write_marker(folder: Path, manifest: "Manifest", *, dtype: str) -> None:
 
 def read_marker(folder: Path) -> "Manifest":
     """The manifest of the checkpoint that was exported; raises `PipelineError` for any other folder."""
-    from pipeline.checkpoint import Manifest
+    from pipeline.vlm.model import Manifest
 
     path = folder / MARKER
     try:

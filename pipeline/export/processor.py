@@ -13,8 +13,8 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import AutoImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
+from pipeline.core import write_json
 from pipeline.export.source import Source
-from pipeline.files import write_json
 
 # In front of the language model's own chat template, which knows texts only: a content given as parts becomes one text.
 # A line break stands between a picture and the text behind it, as in a question put to `pipeline.chat`.

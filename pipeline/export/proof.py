@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from pipeline.answering import Conversation, Sampling
-from pipeline.datasets import measured_rows, open_dataset
-from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.chat.assistant import Conversation, Sampling
+from pipeline.core import ARTEFACT, PipelineError
 from pipeline.export.source import Source
-from pipeline.images import decode, digest
 from pipeline.params import Dataset
-from pipeline.records import ImageSlot, Record, Turn
+from pipeline.records import ImageSlot, Record, Turn, decode, digest, measured_rows, open_dataset
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
 SCAN = 10_000  # rows looked through for pictures not shown before

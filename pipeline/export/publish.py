@@ -9,14 +9,13 @@ from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
-from pipeline.errors import RESOURCE, PipelineError, brief
+from pipeline.core import RESOURCE, PipelineError, brief, publish_folder
 from pipeline.export.card import write_card
 from pipeline.export.llava import write_model
 from pipeline.export.marker import check_target, write_marker
 from pipeline.export.processor import write_processor
 from pipeline.export.proof import Proof, heldout_rows, prove
 from pipeline.export.source import Source
-from pipeline.files import publish_folder
 from pipeline.params import load
 
 

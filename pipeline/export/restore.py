@@ -15,16 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedConfig, VipLlavaConfig
 
-from pipeline import checkpoint
-from pipeline.checkpoint import Manifest
-from pipeline.errors import ARTEFACT, PipelineError, brief
+from pipeline.core import ARTEFACT, PipelineError, brief, publish_folder
 from pipeline.export.llava import LAYERS
 from pipeline.export.marker import check_target, read_marker
 from pipeline.export.processor import own_template
-from pipeline.files import publish_folder
-from pipeline.model import VisionLanguageModel, build_projector, hidden_size, load_language_model
+from pipeline.features import TOWERS, Encoder
 from pipeline.text import PromptBuilder
-from pipeline.vision import TOWERS, Encoder
+from pipeline.vlm.model import Manifest, VisionLanguageModel, build_projector, checkpoint, hidden_size, load_language_model
 
 PARTS = {"language_model": "language_model.", "projector": "multi_modal_projector.", "tower": "vision_tower."}
 

@@ -7,14 +7,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline import checkpoint
-from pipeline.answering import Assistant
-from pipeline.checkpoint import Manifest
-from pipeline.errors import ARTEFACT, PipelineError
-from pipeline.hardware import DTYPES
-from pipeline.model import VisionLanguageModel
+from pipeline.chat.assistant import Assistant
+from pipeline.core import ARTEFACT, PipelineError
+from pipeline.core.devices import DTYPES
+from pipeline.features import Encoder
 from pipeline.text import PromptBuilder
-from pipeline.vision import Encoder
+from pipeline.vlm.model import Manifest, VisionLanguageModel, checkpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pipeline.datasets import open_dataset
-from pipeline.errors import ARTEFACT, PipelineError, exit_on_error
-from pipeline.features import INDEX, FeatureStore
-from pipeline.images import decode, digest
+from pipeline.core import ARTEFACT, PipelineError, exit_on_error
+from pipeline.features.store.shards import Shard
+from pipeline.features.store.store import INDEX, FeatureStore
 from pipeline.params import load
-from pipeline.records import Record
-from pipeline.shards import Shard
+from pipeline.records import Record, decode, digest, open_dataset
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Folder = Annotated[Path, typer.Argument(help="The folder of shards.")]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import exit_on_error
+from pipeline.core import exit_on_error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -37,10 +37,10 @@ def import_(
     """MiniMind weights -> a folder that llm.model can name, and the projector where there is one."""
 
     def work() -> None:
+        from pipeline.core import quiet_libraries
         from pipeline.minimind.importing import Given, import_file
-        from pipeline.stage import be_quiet
 
-        be_quiet()
+        quiet_libraries()
         given = Given(heads, experts_per_token, eps, rope_theta, positions, image_token)
         print("\n".join(import_file(file, out, given=given, tokenizer=tokenizer, as_checkpoint=checkpoint)))
 
@@ -56,10 +56,10 @@ def export(
     """A model of this project -> weights in MiniMind's layout."""
 
     def work() -> None:
+        from pipeline.core import quiet_libraries
         from pipeline.minimind.exporting import export_folder
-        from pipeline.stage import be_quiet
 
-        be_quiet()
+        quiet_libraries()
         print("\n".join(export_folder(folder, file, dtype=dtype.value)))
 
     exit_on_error(work)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
-from pipeline.errors import PipelineError
+from pipeline.core import PipelineError
 from pipeline.minimind.layout import HEADS, KV_HEADS, Layout
 
 POSITIONS, ROPE_THETA = 32768, 1e6

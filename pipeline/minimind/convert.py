@@ -8,7 +8,7 @@ w = 0 that is one half, so its shared expert holds MiniMind's with the last proj
 
 import torch
 
-from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.core import ARTEFACT, PipelineError
 from pipeline.minimind.layout import EMBEDDING, HEAD, Layout
 
 PARTS = ("gate_proj", "up_proj", "down_proj")

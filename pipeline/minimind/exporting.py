@@ -4,16 +4,15 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from pipeline import checkpoint
-from pipeline.errors import ARTEFACT, PipelineError
-from pipeline.hardware import DTYPES
+from pipeline.core import ARTEFACT, PipelineError
+from pipeline.core.devices import DTYPES
 from pipeline.minimind.configuration import layout_of, settings
 from pipeline.minimind.convert import Tensors, from_transformers
 from pipeline.minimind.importing import refuse_existing, writing
 from pipeline.minimind.layout import EMBEDDING, HEAD, Layout, check
 from pipeline.minimind.projector import READERS, to_minimind
 from pipeline.minimind.pth import check_finite, write_pth
-from pipeline.model import load_language_model
+from pipeline.vlm.model import checkpoint, load_language_model
 
 
 def export_folder(source: Path, path: Path, *, dtype: str) -> list[str]:

@@ -17,18 +17,15 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from pipeline import checkpoint
-from pipeline.checkpoint import Manifest
-from pipeline.errors import ARTEFACT, RESOURCE, PipelineError, brief
-from pipeline.files import publish_folder
-from pipeline.hardware import pick_device
+from pipeline.core import ARTEFACT, RESOURCE, PipelineError, brief, publish_folder
+from pipeline.core.devices import pick_device
 from pipeline.minimind.configuration import describe
 from pipeline.minimind.convert import Tensors, to_transformers
 from pipeline.minimind.layout import EMBEDDING, HEAD, Layout, infer
 from pipeline.minimind.projector import Projector, read_projector, split
 from pipeline.minimind.pth import check_finite, read_pth
-from pipeline.model import VisionLanguageModel, load_language_model
 from pipeline.text import PromptBuilder
+from pipeline.vlm.model import Manifest, VisionLanguageModel, checkpoint, load_language_model
 
 IMAGE_TOKENS = {2025: "@", 2026: "<|image_pad|>"}
 TOKENIZER_FILES = (
@@ -144,8 +141,8 @@ def _prepare_checkpoint(
         lacks = "a projector, which this file has not" if projector is None else "a tokenizer"
         remedy = "leave --checkpoint out" if projector is None else "add --tokenizer"
         raise PipelineError(f"--checkpoint needs {lacks}", remedy=remedy)
+    from pipeline.features import Encoder
     from pipeline.params import load
-    from pipeline.vision import Encoder
 
     params = load()
     vision = params.vision

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.core import ARTEFACT, PipelineError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FIRST = "model.layers.0."

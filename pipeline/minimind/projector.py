@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pipeline.errors import ARTEFACT, PipelineError
+from pipeline.core import ARTEFACT, PipelineError
 from pipeline.minimind.convert import Tensors
-from pipeline.model import build_projector
+from pipeline.vlm.model import build_projector
 
 PREFIXES = {"linear": "vision_proj.vision_proj.", "mlp": "vision_proj.mlp.", "norm_mlp": "vision_proj.mlp."}
 OURS, TOWER = "vision_proj.", "vision_encoder."

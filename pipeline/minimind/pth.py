@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import ARTEFACT, PipelineError, brief
-from pipeline.files import publish
-from pipeline.hardware import DTYPES
+from pipeline.core import ARTEFACT, PipelineError, brief, publish
+from pipeline.core.devices import DTYPES
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 

@@ -1,0 +1,43 @@
+"""What every room stands on: one-line errors, files that appear whole, prefetching, devices and number formats.
+
+Nothing comes in but the operating system and torch. What needs torch is imported from its own module (`devices`, `loading`,
+`attention`), so that a command that only checks params starts at once.
+"""
+
+from pipeline.core.errors import ARTEFACT, BAD_ROWS, INTERRUPTED, NUMERIC, RESOURCE, USAGE, PipelineError, brief, exit_on_error
+from pipeline.core.files import (
+    link_or_copy,
+    main_checkout,
+    make_folder,
+    publish,
+    publish_folder,
+    remove_leftovers,
+    to_json,
+    write_json,
+)
+from pipeline.core.fingerprint import fingerprint
+from pipeline.core.prefetch import prefetch
+from pipeline.core.quiet import quiet_libraries
+
+__all__ = [
+    "ARTEFACT",
+    "BAD_ROWS",
+    "INTERRUPTED",
+    "NUMERIC",
+    "RESOURCE",
+    "USAGE",
+    "PipelineError",
+    "brief",
+    "exit_on_error",
+    "fingerprint",
+    "link_or_copy",
+    "main_checkout",
+    "make_folder",
+    "prefetch",
+    "publish",
+    "publish_folder",
+    "quiet_libraries",
+    "remove_leftovers",
+    "to_json",
+    "write_json",
+]

@@ -1,0 +1,131 @@
+"""Files that appear whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import RESOURCE, PipelineError
+
+DAY = 86400  # seconds
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, which takes its place, synced, when the block ends without an error."""
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise PipelineError(f"cannot be written: {error.strerror or error}", where=str(path), code=RESOURCE) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def to_json(content: Any) -> str:
+    """The one way this project writes JSON: sorted keys; not-a-number is refused, since no reader accepts it."""
+    return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def make_folder(path: Path) -> None:
+    """A folder and its parents, where they are not there yet."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PipelineError(f"cannot be made: {error.strerror or error}", where=str(path), code=RESOURCE) from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON, written whole or not at all."""
+    with publish(path) as temporary:
+        temporary.write_text(to_json(content), encoding="utf-8")
+
+
+@contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """As `publish` for a folder: whatever stood at `path` is replaced by the finished new one."""
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            _sync(file)
+        _sync(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise PipelineError(f"cannot be written: {error.strerror or error}", where=str(path), code=RESOURCE) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Give `target` the content of `source` at no cost where the filesystem links; True when it was linked."""
+    try:
+        os.link(source, target)
+        return True
+    except OSError:
+        with publish(target) as temporary:
+            shutil.copyfile(source, temporary)
+        return False
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}@{_machine()}.tmp")
+
+
+def _machine() -> str:
+    return socket.gethostname().replace(".", "-")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of processes that were killed; those of living ones stay.
+
+    Another machine's processes cannot be asked: what they write, where a folder is shared, stays until it is a day old.
+    """
+    for path in folder.glob(".*.tmp"):
+        process, _, machine = path.name.split(".")[-2].partition("@")
+        if not process.isdigit() or (machine == _machine() and _is_alive(int(process))):
+            continue
+        with suppress(FileNotFoundError):
+            if machine == _machine() or time.time() - path.stat().st_mtime > DAY:
+                path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def main_checkout(folder: Path | None = None) -> Path:
+    """The checkout that owns this workspace: DVC's temporary workspaces lie under its .dvc folder."""
+    here = (folder or Path()).resolve()
+    for parent in here.parents:
+        if parent.name == ".dvc":
+            return parent.parent
+    return here

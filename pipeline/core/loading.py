@@ -1,0 +1,34 @@
+"""Models from Transformers' folders or the hub, one at a time and with their faults named.
+
+While `from_pretrained` works it replaces a method of a class, for the whole process. Two threads that load at once can
+leave it replaced, and every model loaded after that lacks its tied weights (seen with Transformers 5.23).
+"""
+
+import threading
+from typing import Any
+
+from safetensors import SafetensorError
+
+from pipeline.core.errors import ARTEFACT, PipelineError, brief
+
+ONE_AT_A_TIME = threading.Lock()
+
+
+def load_pretrained(family: Any, model: str, *, where: str, revision: str = "", **options: Any) -> tuple[Any, dict[str, Any]]:
+    """What `family.from_pretrained` gives, and what it says of missing, left-over and misshapen tensors.
+
+    `where` is the parameter that named `model`. Raises `PipelineError` when there is no such model or it cannot be read.
+    """
+    try:
+        with ONE_AT_A_TIME:
+            return family.from_pretrained(
+                model, revision=revision or "main", trust_remote_code=False, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise unloadable(model, error, where=where) from None
+
+
+def unloadable(model: str, error: Exception, *, where: str) -> PipelineError:
+    """The one line for a model that a library cannot read."""
+    remedy = "give a Transformers folder, or a hub id reachable from here"
+    return PipelineError(f"cannot load {model}: {brief(error)}", where=where, remedy=remedy, code=ARTEFACT)

@@ -1,0 +1,14 @@
+"""Libraries that speak only when something is wrong."""
+
+import logging
+import os
+
+
+def quiet_libraries() -> None:
+    """Libraries report through our progress lines and errors only."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,0 +1,4 @@
+"""Image bytes in, patch features out: the frozen vision tower, the same way in every stage.
+
+preprocess   bytes -> pixels          tower        any CLIP or SigLIP checkpoint          encoder      pixels -> features
+"""

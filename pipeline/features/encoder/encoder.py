@@ -1,0 +1,206 @@
+"""The frozen vision encoder: image bytes -> pixels -> patch features, the same way in every stage.
+
+Reads any CLIP or SigLIP checkpoint in Transformers' format. Image count I, patches P, vision width Dv come from it.
+A feature row's bits must not depend on who shares its batch, so the encoder always sees full batches of one size.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.core import ARTEFACT, NUMERIC, PipelineError
+from pipeline.core.attention import GROUPED
+from pipeline.core.devices import DTYPES, autocast, pick_precision
+from pipeline.features.encoder.prepacked import can_prepack, prepack
+from pipeline.features.encoder.preprocess import Preprocessor
+from pipeline.features.encoder.tower import _keep_layers, _load_tower
+from pipeline.features.store.row_format import (
+    Float16Format,
+    Int8Format,
+    RowFormat,
+    calibration_pictures,
+    constants_digest,
+    measure_constants,
+)
+
+FEATURES = 3  # part of every fingerprint: raise it when this file computes other numbers
+
+
+class Encoder(nn.Module):
+    """A frozen vision tower: pixels uint8 [I, 3, S, S] -> patch features float16 [I, P, Dv], the CLS token dropped.
+
+    Args:
+        model, revision: a folder or a hub id in Transformers' format (CLIP or SigLIP family).
+        layer: index into the hidden states; -1 is the tower's last hidden state.
+        precision: auto, float32, bfloat16 or float16 (autocast over float32 weights).
+        storage: float16 or int8; `encode` rounds as the store does, so live and stored features are the same.
+        batch: images per call of the tower; smaller batches are filled up.
+
+    Raises `PipelineError` for another model family, missing weights or an impossible layer.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str = "",
+        layer: int = -1,
+        precision: str = "auto",
+        storage: str = "float16",
+        device: torch.device,
+        batch: int = 64,
+    ) -> None:
+        super().__init__()
+        self.name, self.revision, self.layer, self.batch, self.device = model, revision, layer, batch, device
+        self.precision = pick_precision(precision, device)
+        self.preprocess = Preprocessor(model, revision)
+        self._attention = GROUPED if device.type == "cpu" else "sdpa"
+        self.tower = _load_tower(model, revision, self._attention).requires_grad_(False).eval().to(device)
+        config = self.tower.config
+        self.tokens, self.width = (config.image_size // config.patch_size) ** 2, config.hidden_size
+        if (made := self.preprocess.size()) != (config.image_size, config.image_size):
+            raise PipelineError(
+                f"preprocessor_config.json makes pictures of {made[0]} x {made[1]} pixels, the tower takes {config.image_size}",
+                where=model,
+                remedy="mend that file, or set vision.model",
+                code=ARTEFACT,
+            )
+        if not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
+            raise PipelineError(
+                f"vision.layer is {layer}; {model} has {config.num_hidden_layers} layers", remedy="set vision.layer"
+            )
+        self._weights, self._config, self._rounded = _weights_digest(self.tower), _plain_config(config), False
+        self._error: float | None = None
+        self._state = layer if layer >= 0 else config.num_hidden_layers + 1 + layer
+        if layer != -1:
+            _keep_layers(self.tower, self._state)
+        self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
+
+        self.rows = self._rows(storage)
+
+    def _rows(self, storage: str) -> RowFormat:
+        if storage == "float16":
+            return Float16Format(self.tokens, self.width)
+        pictures = torch.from_numpy(calibration_pictures(self.tower.config.image_size))
+        tower = self.tower.to("cpu")  # the constants name the store: no other device may give other ones
+        features = torch.cat([self._forward(tower, part, "float32") for part in pictures.split(4)])
+        self.tower.to(self.device)
+        return Int8Format(self.tokens, *measure_constants(features))
+
+    @torch.inference_mode()
+    def relative_error(self) -> float:
+        """How far stored rows are from float32 features, as a share of their norm, over fixed pictures.
+
+        Cheapest before anything is encoded: afterwards the float32 weights have to be read again.
+        """
+        if self._error is None:
+            pictures = torch.from_numpy(calibration_pictures(self.tower.config.image_size, count=4))
+            exact = self._unrounded() if self._rounded else self.tower
+            wanted = self._forward(exact, pictures, "float32").cpu()
+            self._round_products()
+            stored = [self.rows.encode(self._forward(self.tower, part, self.precision)) for part in pictures.split(self.batch)]
+            found = self.rows.decode(torch.cat(stored)).float().cpu()
+            self._error = float(f"{float((found - wanted).norm() / wanted.norm()):.2g}")
+        return self._error
+
+    def _unrounded(self) -> PreTrainedModel:
+        """The tower as it was before `_round_products`, anew from its files."""
+        tower = _load_tower(self.name, self.revision, self._attention).requires_grad_(False).eval().to(self.device)
+        if self.layer != -1:
+            _keep_layers(tower, self._state)
+        return tower
+
+    def drop_tower(self) -> None:
+        """Give the weights' memory back where only `spec`, `tokens` and `width` are still asked for."""
+        del self.tower
+
+    def encode(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+        """uint8 [I, 3, S, S] -> float16 [I, P, Dv] on the CPU; `names` say whose row a non-finite value is in."""
+        return self.rows.decode(self.encode_rows(pixels, names))
+
+    @torch.inference_mode()
+    def encode_rows(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+        """As `encode`, in the form that the store holds: [I, *rows.shape] on the CPU."""
+        return torch.cat(
+            [
+                self._encode_batch(pixels[start : start + self.batch], names[start : start + self.batch])
+                for start in range(0, len(pixels), self.batch)
+            ]
+        )
+
+    def _encode_batch(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+        self._round_products()
+        count = len(pixels)
+        if count < self.batch:
+            pixels = torch.cat([pixels, pixels.new_zeros(self.batch - count, *pixels.shape[1:])])
+        features = self._forward(self.tower, pixels, self.precision)[:count]
+        finite = torch.isfinite(features.to(torch.float16)).flatten(1).all(1)
+        if not finite.all():
+            bad = names[int(torch.argmin(finite.int()))]
+            raise PipelineError(
+                "features are not finite in float16", where=bad, remedy="set vision.precision: float32", code=NUMERIC
+            )
+        return self.rows.encode(features).cpu()
+
+    def _round_products(self) -> None:
+        """Hold the weights of matrix products in the format that autocast would round them to anew in every call."""
+        if self._rounded:
+            return
+        dtype = DTYPES[self.precision]
+        if can_prepack(self.device, dtype):
+            prepack(self.tower, self.batch * self.tokens)
+        for module in self.tower.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(dtype)
+        self._rounded = True
+
+    @torch.inference_mode()
+    def _forward(self, tower: PreTrainedModel, pixels: torch.Tensor, precision: str) -> torch.Tensor:
+        """[I, P, Dv] in the precision of the computation, patch tokens only."""
+        device = tower.device
+        values = (pixels.to(device).float() * self.preprocess.rescale - self._mean.to(device)) / self._std.to(device)
+        with autocast(precision, device):
+            output = tower(values, output_hidden_states=self.layer != -1)
+        hidden = output.last_hidden_state if self.layer == -1 else output.hidden_states[self._state]
+        return hidden[:, hidden.shape[1] - self.tokens :]
+
+    def encode_files(self, files: Sequence[bytes], names: Sequence[str]) -> torch.Tensor:
+        """Image files -> patch features float16 [I, P, Dv]: decode, resize, encode."""
+        if not files:
+            return torch.empty(0, self.tokens, self.width, dtype=torch.float16)
+        pixels = np.stack([self.preprocess(data, where=name) for data, name in zip(files, names, strict=True)])
+        return self.encode(torch.from_numpy(pixels), names)
+
+    def spec(self) -> dict[str, Any]:
+        """Everything that decides a feature's value; its hash names the cached features."""
+        stored = {"storage": "int8", "constants": constants_digest(self.rows.constants)} if self.rows.constants else {}
+        return {
+            **stored,
+            "features": FEATURES,
+            "weights": self._weights,
+            "config": self._config,
+            "preprocess": self.preprocess.describe(),
+            "layer": self.layer,
+            "precision": self.precision,
+            "tokens": self.tokens,
+            "width": self.width,
+        }
+
+
+def _weights_digest(module: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().data)
+    return found.hexdigest()
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    """The numbers that shape the computation, without names and versions."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    return {**{key: getattr(config, key) for key in keys}, "act": config.hidden_act, "eps": config.layer_norm_eps}

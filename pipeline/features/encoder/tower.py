@@ -1,0 +1,47 @@
+"""The vision tower of any CLIP or SigLIP checkpoint in Transformers' format."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers.activations import QuickGELUActivation
+
+from pipeline.core import ARTEFACT, PipelineError
+from pipeline.core.loading import load_pretrained, unloadable
+from pipeline.features.encoder.prepacked import InPlaceQuickGelu
+
+TOWERS: dict[str, type[PreTrainedModel]] = {
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+}
+
+
+def _load_tower(model: str, revision: str, attention: str = "sdpa") -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise unloadable(model, error, where="vision.model") from None
+    family = TOWERS.get(config.model_type)
+    if family is None:
+        known = ", ".join(sorted(TOWERS))
+        raise PipelineError(f"{model} is a {config.model_type} model, expected one of {known}", remedy="set vision.model")
+    tower, info = load_pretrained(
+        family, model, where="vision.model", revision=revision, dtype=torch.float32, attn_implementation=attention
+    )
+    if info["missing_keys"]:
+        raise PipelineError(f"{model} lacks weights: {sorted(info['missing_keys'])[0]} and others", code=ARTEFACT)
+    for module in tower.modules():
+        for name, child in module.named_children():
+            if isinstance(child, QuickGELUActivation):
+                setattr(module, name, InPlaceQuickGelu())
+    return tower
+
+
+def _keep_layers(tower: PreTrainedModel, count: int) -> None:
+    """Leave out the layers whose output nobody asks for: LLaVA's -2 would compute the last one in vain."""
+    stack: Any = next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
+    del stack[max(1, count) :]
+    tower.config.num_hidden_layers = len(stack)

@@ -1,0 +1,24 @@
+"""params.yaml in, frozen checked sections out; a stage gets only the keys that dvc.yaml lists for it.
+
+schema       what the file may hold          reading      the file, its faults named, keys changed from a command line
+stage_view   one stage's part of it          `python -m pipeline.params [key=value ...]` checks the file
+"""
+
+from pipeline.params.reading import load, read_yaml
+from pipeline.params.schema import Data, Dataset, HeldOut, LanguageModel, Params, Part, Tokenize, Training
+from pipeline.params.stage_view import StageParams, load_for_stage
+
+__all__ = [
+    "Data",
+    "Dataset",
+    "HeldOut",
+    "LanguageModel",
+    "Params",
+    "Part",
+    "StageParams",
+    "Tokenize",
+    "Training",
+    "load",
+    "load_for_stage",
+    "read_yaml",
+]

@@ -1,0 +1,21 @@
+"""`python -m pipeline.params [key=value ...]`: is params.yaml right, also with some keys changed?"""
+
+import sys
+from pathlib import Path
+
+from pipeline.core import exit_on_error
+from pipeline.params.reading import check, override, read_yaml
+from pipeline.params.schema import (
+    keys_of,
+)
+
+
+def main() -> None:
+    content = read_yaml(Path("params.yaml"))
+    override(content, sys.argv[1:])
+    check(content, where="params.yaml")
+    print(f"params.yaml: {sum(1 for _ in keys_of())} keys, all valid")
+
+
+if __name__ == "__main__":
+    exit_on_error(main)

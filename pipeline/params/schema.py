@@ -1,0 +1,180 @@
+"""What params.yaml may hold: every key is required and checked, so a default lives in params.yaml only."""
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Train = Literal["projector", "projector+ends", "all"]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+def _switch(value: Any) -> Any:
+    if value is not True and value is not False and value != "auto":  # 1 equals True
+        raise ValueError("expected true, false or auto")
+    return value
+
+
+Switch = Annotated[bool | Literal["auto"], PlainValidator(_switch)]
+
+
+class Section(BaseModel):
+    """A part of params.yaml: no unknown keys, no coercion ("1" is not 1, true is not 1), immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _below(path: str) -> str:
+    """A path that DVC watches because it watches the folder above."""
+    if not path or path.startswith(("/", "~")) or ".." in PurePosixPath(path).parts:
+        raise ValueError("expected a path below the data set's own, without ..")
+    return path
+
+
+def _weighted(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"weight": value}
+    if not isinstance(value, dict | Part):
+        raise ValueError("expected a weight, or a section with one")
+    return value
+
+
+Below = Annotated[str, AfterValidator(_below)]
+Format = Literal["auto", "jsonl", "json", "csv", "parquet", "arrow", "webdataset", "folder", "hub"]
+Columns = dict[Literal["turns", "images", "text"], str]
+Unplaced = Literal["refuse", "first"]
+
+
+class Part(Section):
+    """Some files of a data set, how often each of their rows is taken, and what differs from the data set's other files."""
+
+    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    images: Below | None = None
+    format: Format | None = None
+    columns: Columns | None = None
+    prompt: str | None = None
+    unplaced: Unplaced | None = None
+
+
+class Dataset(Section):
+    """`records` and `images` must be given; the rest is for data that do not speak for themselves (docs/your-data.md).
+
+    `mix` says which files below the folder `records` are read, by pattern; without it `records` is read itself.
+    """
+
+    records: Annotated[str, Field(min_length=1)]
+    images: Annotated[str, Field(min_length=1)]
+    mix: Annotated[dict[Below, Annotated[Part, BeforeValidator(_weighted)]], Field(min_length=1)] | None = None
+    format: Format = "auto"
+    columns: Columns = Field(default_factory=dict)
+    prompt: str = "<image>"
+    unplaced: Unplaced = "refuse"
+    seed: Count = 0
+
+
+class HeldOut(Dataset):
+    """`share` 0: all its rows are held out. Else those whose pictures fall in a seeded share, and nobody trains on those."""
+
+    share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Data(Section):
+    pretrain: Dataset
+    sft: Dataset
+    heldout: HeldOut
+    limit: Count
+    on_error: Literal["stop", "skip"]
+    max_bad_share: Share
+
+
+class Vision(Section):
+    model: Annotated[str, Field(min_length=1)]
+    revision: str
+    layer: int
+    precision: Precision
+    storage: Literal["float16", "int8"]
+    shard_rows: Positive
+
+
+class LanguageModel(Section):
+    model: Annotated[str, Field(min_length=1)]
+    revision: str
+    image_token: Annotated[str, Field(min_length=1)]
+
+
+class Tokenize(Section):
+    max_tokens: Positive
+    too_long: Literal["cut", "skip", "stop"]
+
+
+class Projector(Section):
+    kind: Literal["linear", "mlp", "norm_mlp"]
+
+
+class Training(Section):
+    train: Train
+    features: Literal["stored", "live"]
+    share_images: Switch
+    epochs: Positive
+    batch_size: Positive
+    micro_tokens: Positive
+    lr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+    warmup: Share
+    min_lr: Share
+    weight_decay: Share
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    precision: Precision
+    seed: Count
+    keep: Literal["last", "best"]
+
+
+class Tuning(Training):
+    start: Annotated[str, Field(min_length=1)]
+
+
+class Evaluate(Section):
+    limit: Count
+    max_new_tokens: Positive
+    every: Count
+
+
+class Runtime(Section):
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
+    processes: Positive
+    fsdp: bool
+    compile: bool
+    workers: Count
+    tokenize_workers: Positive
+    extract_batch: Positive
+    feature_stores: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    live_cache_mb: Count
+    save_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    eval_batch: Positive
+    live: bool
+    profile: Count
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    data: Data
+    vision: Vision
+    llm: LanguageModel
+    tokenize: Tokenize
+    projector: Projector
+    pretrain: Training
+    sft: Tuning
+    evaluate: Evaluate
+    runtime: Runtime
+
+
+def keys_of(section: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema, sections included."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys_of(field.annotation, f"{prefix}{name}.")

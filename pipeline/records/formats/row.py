@@ -1,0 +1,87 @@
+"""What every reader gives: rows in file order, good or bad, and a row again by its key.
+
+A reader knows one kind of file and nothing of conversations; `conversation` knows those and nothing of files. A bad row is
+a value, never an exception, so that whoever reads decides what it costs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from pipeline.core import PipelineError
+
+MAX_ROW = 64 << 20  # bytes of one row's text: a file without line ends is one row too long, not an empty memory
+MEND = "mend or remove the row"
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used.
+
+    `row` is a line (from 1), a row of a table (from 0) or a sample's name; `rows` counts how many it stands for, since a
+    damaged block takes its neighbours along. With `ends_file` nothing behind it can be read, so how many are lost is
+    unknown: no policy may skip that.
+    """
+
+    file: str
+    row: int | str
+    reason: str
+    remedy: str = MEND
+    rows: int = 1
+    ends_file: bool = False
+
+    @property
+    def where(self) -> str:
+        return place(self.file, self.row)
+
+    def line(self) -> str:
+        """One line: file, row, reason, remedy; control characters removed."""
+        return PipelineError(self.reason, where=self.where, remedy=self.remedy).line()
+
+
+class Row(NamedTuple):
+    """A row as its file spells it: `content` by key or column; `key` finds it again, None where it cannot be."""
+
+    file: str
+    row: int | str
+    content: dict[str, Any]
+    key: int | None
+
+    @property
+    def where(self) -> str:
+        return place(self.file, self.row)
+
+
+class Bytes:
+    """Stands in a row for an image's bytes that were left unread."""
+
+    __slots__ = ()
+
+
+UNREAD = Bytes()
+
+
+class Reader(Protocol):
+    """One file, or one folder, of rows. Cheap to make; opened when first used; used by one thread of one process."""
+
+    @property
+    def file(self) -> str:
+        """What it reads, as the user named it."""
+        ...
+
+    def names(self) -> list[str] | None:
+        """The columns, where a file has the same in every row; raises `PipelineError` when it is not such a file."""
+        ...
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """Every row once, in order, in constant memory."""
+        ...
+
+    def content(self, key: int) -> dict[str, Any]:
+        """The content of one row, image bytes included; raises `PipelineError` when there is no such row any more."""
+        ...
+
+
+def place(file: str, row: int | str) -> str:
+    """`file:row`, as editors jump to it."""
+    return f"{file}:{row}"

@@ -1,0 +1,24 @@
+"""Conversations in, token ids out: with the places of the images and the spans that are supervised, as an Arrow table.
+
+builder        one tokenizer and its chat template         prompts        ids, spans and image positions put together
+tokenization   a data set's records -> its table           token_table    the table, read through a memory map
+"""
+
+from pipeline.text.builder import PromptBuilder
+from pipeline.text.prompts import Prompt
+from pipeline.text.token_table import Row, TokenTable, write_tokens
+from pipeline.text.tokenization import TOO_LONG, Choice, Summary, Tokenizer, fit, tokenize
+
+__all__ = [
+    "TOO_LONG",
+    "Choice",
+    "Prompt",
+    "PromptBuilder",
+    "Row",
+    "Summary",
+    "TokenTable",
+    "Tokenizer",
+    "fit",
+    "tokenize",
+    "write_tokens",
+]

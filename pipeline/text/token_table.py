@@ -1,0 +1,143 @@
+"""Tokenised conversations on disk: an Arrow file a data set, a row a conversation, read through a memory map.
+
+    ids          list<int32>           token ids, P placeholders an image
+    spans        list<int32>           supervised (start, end) pairs, flattened
+    image_start  list<int32>           where each image's placeholders begin
+    image_sha256 list<binary(32)>      which image stands there
+    image_name   list<string>          its name within the image root (for the live encoder)
+    where        string                file and line the row came from
+
+The schema's metadata says which tokenizer, template and P made it. Nothing here is ever truncated or shuffled.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.core import ARTEFACT, PipelineError, brief, publish
+
+SCHEMA = pa.schema(
+    [
+        ("ids", pa.list_(pa.int32())),
+        ("spans", pa.list_(pa.int32())),
+        ("image_start", pa.list_(pa.int32())),
+        ("image_sha256", pa.list_(pa.binary(32))),
+        ("image_name", pa.list_(pa.string())),
+        ("where", pa.string()),
+    ]
+)
+
+
+def write_tokens(path: Path, batches: Iterable[pa.RecordBatch], spec: dict[str, Any]) -> None:
+    """Stream record batches of `SCHEMA` to one Arrow file, which appears whole or not at all."""
+    schema = SCHEMA.with_metadata({"spec": json.dumps(spec, sort_keys=True)})
+    with publish(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One conversation: `ids` int32 [T], `spans` int32 [turns, 2], `image_start` int32 [k], `slots`: its images' numbers."""
+
+    ids: np.ndarray
+    spans: np.ndarray
+    image_start: np.ndarray
+    slots: range
+
+
+class TokenTable:
+    """Random access to a token file without loading it.
+
+    Attributes:
+        lengths: int32 [N], tokens a row.
+        supervised: int64 [N], supervised tokens a row.
+        spec: what made the ids (see `PromptBuilder.spec`).
+        slots: number of image slots in all rows; a slot's number is its place among them.
+
+    Raises `PipelineError` when the file is missing, damaged, or its rows contradict their spans.
+    """
+
+    def __init__(self, path: str | Path, *, limit: int = 0) -> None:
+        self.path = Path(path)
+        try:
+            with pa.memory_map(str(path)) as source:
+                reader = pa.ipc.open_file(source)
+                self.spec: dict[str, Any] = json.loads(reader.schema.metadata[b"spec"])
+                table = reader.read_all()
+            table = table.slice(0, limit) if limit else table
+            self._batches = table.to_batches()
+            for batch in self._batches:
+                batch.validate(full=True)
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise PipelineError(
+                f"not a readable token table: {brief(error)}", where=str(path), remedy="dvc repro tokenize", code=ARTEFACT
+            ) from None
+        self._first_row = np.cumsum([0, *(len(batch) for batch in self._batches)])
+        self._columns = [[_lists(batch.column(name)) for name in ("ids", "spans", "image_start")] for batch in self._batches]
+        counts = [np.diff(columns[2][0]) for columns in self._columns]
+        self._first_slot = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
+        self.slots = int(self._first_slot[-1])
+        self.lengths = self._concatenate([np.diff(columns[0][0]) for columns in self._columns]).astype(np.int32)
+        self.supervised = self._count_supervised()
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    @staticmethod
+    def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def _count_supervised(self) -> np.ndarray:
+        found = []
+        for _, (offsets, values), _ in self._columns:
+            spans = values[offsets[0] : offsets[-1]].reshape(-1, 2)
+            running = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])])
+            found.append(np.diff(running[(offsets - offsets[0]) // 2]))
+        supervised = self._concatenate(found)
+        if len(supervised) and supervised.min() < 1:
+            row = int(np.argmin(supervised))
+            raise PipelineError(
+                f"row {row} has no supervised token", where=str(self.path), remedy="dvc repro -f tokenize", code=ARTEFACT
+            )
+        return supervised
+
+    def row(self, number: int) -> Row:
+        """One row as views into the file."""
+        part = int(np.searchsorted(self._first_row, number, side="right")) - 1
+        at = number - int(self._first_row[part])
+        ids, spans, starts = (values[offsets[at] : offsets[at + 1]] for offsets, values in self._columns[part])
+        return Row(ids, spans.reshape(-1, 2), starts, range(int(self._first_slot[number]), int(self._first_slot[number + 1])))
+
+    def parts(self) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], ...]]:
+        """The file's pieces in order: ids, spans and image starts, each as offsets [n + 1] and flat values."""
+        return iter([tuple(columns) for columns in self._columns])
+
+    def where(self, number: int) -> str:
+        """The file and line a row came from."""
+        part = int(np.searchsorted(self._first_row, number, side="right")) - 1
+        return self._batches[part].column("where")[number - int(self._first_row[part])].as_py()
+
+    def image_hashes(self) -> np.ndarray:
+        """uint8 [slots, 32]: which image stands in each slot."""
+        parts = [batch.column("image_sha256").flatten() for batch in self._batches]
+        found = [
+            np.frombuffer(part.buffers()[1], np.uint8)[part.offset * 32 : (part.offset + len(part)) * 32]
+            for part in parts
+            if len(part)
+        ]
+        return np.concatenate([np.empty(0, np.uint8), *found]).reshape(-1, 32)
+
+    def image_names(self) -> pa.ChunkedArray:
+        """string [slots]: the image file's name in each slot."""
+        return pa.chunked_array([batch.column("image_name").flatten() for batch in self._batches], pa.string())
+
+
+def _lists(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets [n + 1] and flat values of a list column, both without a copy."""
+    return column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False)

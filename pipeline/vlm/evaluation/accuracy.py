@@ -1,0 +1,107 @@
+"""Exact-match accuracy of a model's greedy answers to rows it never saw, and the blind control that keeps it honest: the
+same questions, image features zeroed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from pipeline.core import prefetch
+from pipeline.text import PromptBuilder, Row
+from pipeline.vlm.batches import Examples
+from pipeline.vlm.model import VisionLanguageModel, generate
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """`correct` of `questions` answered word for word."""
+
+    correct: int
+    questions: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.questions
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """How questions are put: the longest answer in tokens, prompts a pass, and whether their source shows no image."""
+
+    max_new_tokens: int
+    batch_size: int
+    blind: bool = False
+
+
+@torch.inference_mode()
+def answer_accuracy(
+    model: VisionLanguageModel, examples: Examples, accelerator: Accelerator, builder: PromptBuilder, asking: Answering
+) -> tuple[Score, list[str]]:
+    """Greedy answers to each row's last question, compared as text with the row's own; returns the score and all answers.
+
+    Rows with the same prompt and the same images have the same answer, so each is generated once. Zeroed images are all
+    the same image, which is why the blind control takes a fraction of the time.
+    """
+    model.eval()
+    rows = [examples.table.row(number) for number in range(len(examples.table))]
+    asked = [row.ids[: row.spans[-1][0]] for row in rows]
+    same = _same_prompts(asked, [row.slots for row in rows], None if asking.blind else examples.table.image_hashes())
+    same.sort(key=lambda group: -len(asked[group[0]]))  # like lengths together: little padding
+    parts = [same[start : start + asking.batch_size] for start in range(0, len(same), asking.batch_size)]
+    mine = _answer(
+        model, examples, accelerator, builder, asking, rows, parts[accelerator.process_index :: accelerator.num_processes]
+    )
+    everyone = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+    found = {number: text for part in everyone for number, text in part.items()}
+    given = [found[number] for number in range(len(rows))]
+    expected = [builder.decode(row.ids[row.spans[-1][0] : row.spans[-1][1]]) for row in rows]
+    return Score(sum(a.strip() == e.strip() for a, e in zip(given, expected, strict=True)), len(rows)), given
+
+
+def _answer(
+    model: VisionLanguageModel,
+    examples: Examples,
+    accelerator: Accelerator,
+    builder: PromptBuilder,
+    asking: Answering,
+    rows: list[Row],
+    parts: list[list[list[int]]],
+) -> dict[int, str]:
+    """The answer of every row in `parts`, which are groups of rows that have the same one."""
+    source = examples.source
+    answers: dict[int, str] = {}
+
+    def load(part: list[list[int]]) -> Any:
+        return source.load(np.concatenate([np.array(rows[group[0]].slots, np.int64) for group in part]))
+
+    name, hidden = "answers, blind" if asking.blind else "answers", not accelerator.is_main_process
+    loaded = source.stream(prefetch(parts, load))
+    for part, features in tqdm(loaded, total=len(parts), desc=name, unit="batch", mininterval=0.5, disable=hidden):
+        firsts = [rows[group[0]] for group in part]
+        with accelerator.autocast():
+            produced = generate(
+                model,
+                builder,
+                [row.ids[: row.spans[-1][0]] for row in firsts],
+                [row.image_start for row in firsts],
+                features,
+                max_new_tokens=asking.max_new_tokens,
+                device=accelerator.device,
+            )
+        for group, ids in zip(part, produced, strict=True):
+            answers |= dict.fromkeys(group, builder.decode(ids))
+    return answers
+
+
+def _same_prompts(asked: list[np.ndarray], slots: list[range], hashes: np.ndarray | None) -> list[list[int]]:
+    """Row numbers grouped by equal prompt and equal images (`hashes` None: images do not tell rows apart)."""
+    groups: dict[tuple[bytes, bytes], list[int]] = {}
+    for number, (ids, shown) in enumerate(zip(asked, slots, strict=True)):
+        images = b"" if hashes is None else hashes[shown.start : shown.stop].tobytes()
+        groups.setdefault((ids.tobytes(), images), []).append(number)
+    return list(groups.values())

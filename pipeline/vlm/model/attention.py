@@ -1,0 +1,56 @@
+"""Which attention a language model trains and is measured with, by its family and the device, and the mask of shared rows."""
+
+import importlib.util
+
+import torch
+from transformers import PretrainedConfig
+
+from pipeline.core.attention import GROUPED
+from pipeline.vlm.model.packed_attention import NARROWEST, PACKED
+
+FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"}  # softmax over rotated queries and keys, no more
+
+
+def choose_attention(config: PretrainedConfig, device: torch.device, longest: int, *, router_trains: bool = False) -> str:
+    """The name of the attention to train and measure with; the longest row has `longest` tokens. All compute the same.
+
+    On a GPU the packed one, for families it fits, unless a router trains, which counts tokens of rows that are its own.
+    On a CPU ours (`pipeline.core.attention`), up to the length where its [T, T] scores cost more memory than they save
+    time; for other families eager, whose backward is faster than sdpa's below 512 tokens.
+    """
+    if can_pack(config, device) and not router_trains:
+        return PACKED
+    if device.type != "cpu":
+        return "sdpa"
+    if config.model_type in FAMILIES and longest <= 1024:
+        return GROUPED
+    return "eager" if longest <= 512 else "sdpa"
+
+
+def can_pack(config: PretrainedConfig, device: torch.device) -> bool:
+    """Whether rows are packed: on a GPU that Triton compiles for, and for a family whose attention this is.
+
+    On CPUs a packed loop gained nothing over padding to neighbours of like length, and a dense mask took twice the time.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0) and is_plain(config)
+
+
+def is_plain(config: PretrainedConfig) -> bool:
+    """Whether a language model's attention is softmax over all that is seen, without dropout, in heads not too narrow."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = config.model_type in FAMILIES and sliding_window(config) is None
+    return plain and not getattr(config, "attention_dropout", 0.0) and width >= NARROWEST
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """Tokens that a language model's attention looks back, or None where it sees all: only then masks are ours to make."""
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+
+def branch_mask(branch: torch.Tensor) -> torch.Tensor:
+    """bool [B, 1, T, T], true where a token sees another: an earlier one of the prefix or of its own branch [B, T]."""
+    order = torch.arange(branch.shape[1], device=branch.device)
+    query, key = branch[:, :, None], branch[:, None, :]
+    return ((order[:, None] >= order[None]) & ((query == key) | (key == 0)))[:, None]

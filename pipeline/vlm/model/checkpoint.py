@@ -1,0 +1,108 @@
+"""A trained model on disk: a folder without the vision tower, which `pipeline.chat` and the next stage can open.
+
+projector.safetensors   always
+glance.json             encoder (name, revision, layer, fingerprint), language model, projector kind, text settings
+config.json, model.safetensors, tokenizer files...   only when the language model has trained, as Transformers writes them
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.core import ARTEFACT, PipelineError, brief, publish_folder
+from pipeline.text import PromptBuilder
+from pipeline.vlm.model.language_model import load_language_model
+from pipeline.vlm.model.projector import build_projector
+from pipeline.vlm.model.vlm import VisionLanguageModel
+
+FORMAT = 1
+MANIFEST = "glance.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What is needed to put a checkpoint together again.
+
+    Attributes:
+        vision: model, revision, layer of the encoder, and `spec`, what its features depend on.
+        llm: model, revision and image_token of the language model the run started from.
+        projector: kind, width (Dv), hidden (D).
+        own_llm: whether the folder holds a trained language model.
+    """
+
+    vision: dict[str, Any]
+    llm: dict[str, str]
+    projector: dict[str, Any]
+    own_llm: bool
+
+
+def save(folder: Path, model: VisionLanguageModel, manifest: Manifest, builder: PromptBuilder) -> None:
+    """Write the folder whole or not at all; refuses weights that are not finite."""
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise PipelineError(f"{name} is not finite", where=str(folder), remedy="lower lr", code=ARTEFACT)
+    with publish_folder(folder) as temporary:
+        if manifest.own_llm:
+            model.language_model.save_pretrained(temporary)
+            builder.tokenizer.init_kwargs.pop("local_files_only", None)  # how it was loaded is no part of the model
+            builder.tokenizer.save_pretrained(temporary)
+        weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.projector.state_dict().items()}
+        save_file(weights, temporary / "projector.safetensors")
+        for file in temporary.glob("*.safetensors"):
+            file.chmod(0o644)  # the writer makes them the owner's alone
+        content = {
+            "format": FORMAT,
+            "vision": manifest.vision,
+            "llm": manifest.llm,
+            "projector": manifest.projector,
+            "own_llm": manifest.own_llm,
+        }
+        (temporary / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a checkpoint; raises `PipelineError` naming the command that makes one."""
+    path = Path(folder) / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+        return Manifest(content["vision"], content["llm"], content["projector"], content["own_llm"])
+    except FileNotFoundError:
+        raise PipelineError("no model here", where=str(folder), remedy="dvc repro", code=ARTEFACT) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PipelineError(f"not a model: {brief(error)}", where=str(path), remedy="dvc repro -f", code=ARTEFACT) from None
+
+
+def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[VisionLanguageModel, Manifest]:
+    """Projector and language model of a checkpoint, strictly; the encoder is loaded apart (`manifest.vision`)."""
+    manifest = read_manifest(folder)
+    shape = manifest.projector
+    try:
+        projector = build_projector(shape["kind"], int(shape["width"]), int(shape["hidden"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PipelineError(
+            f"not a model: {brief(error)}", where=str(Path(folder) / MANIFEST), remedy="dvc repro -f", code=ARTEFACT
+        ) from None
+    load_projector(projector, folder)
+    if manifest.own_llm:
+        language_model = load_language_model(str(folder), dtype=dtype)
+    else:
+        language_model = load_language_model(manifest.llm["model"], revision=manifest.llm["revision"], dtype=dtype)
+    return VisionLanguageModel(projector, language_model), manifest
+
+
+def load_projector(projector: torch.nn.Module, folder: str | Path) -> None:
+    """Projector weights into `projector`; every tensor must be there with its shape."""
+    path = Path(folder) / "projector.safetensors"
+    try:
+        projector.load_state_dict(load_file(path), strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise PipelineError(
+            f"does not fit the projector in params: {brief(error)}", where=str(path), remedy="dvc repro pretrain", code=ARTEFACT
+        ) from None

@@ -1,0 +1,80 @@
+"""Projector, splice, language model: the vision-language model, composed of parts that stay themselves.
+
+Shapes: B rows, T tokens, S images in the batch, P patches, Dv vision width, D hidden size, V vocabulary.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from pipeline.core.attention import GROUPED
+from pipeline.vlm.batches import Batch
+from pipeline.vlm.model.attention import branch_mask
+from pipeline.vlm.model.cross_entropy import chunked_cross_entropy, too_large
+from pipeline.vlm.model.language_model import hidden_size
+from pipeline.vlm.model.last_layer import last_layer_only_at
+from pipeline.vlm.model.packed_attention import block_mask
+from pipeline.vlm.model.splice import splice
+
+
+class VisionLanguageModel(nn.Module):
+    """A projector and a language model; patch features come from outside, so no vision tower is in here."""
+
+    projector: nn.Sequential
+    language_model: PreTrainedModel
+
+    def __init__(self, projector: nn.Sequential, language_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.projector, self.language_model = projector, language_model
+        self.router_trains = False
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the language model's token embeddings."""
+        return hidden_size(self.language_model)
+
+    def embed(self, ids: torch.Tensor, features: torch.Tensor, row: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Input embeddings [B, T, D] of ids [B, T], with features [S, P, Dv] projected and spliced in (see `splice`)."""
+        projected = self.projector(features.to(next(self.projector.parameters()).dtype))
+        return splice(self.language_model.get_input_embeddings()(ids), projected, row, start)
+
+    def forward(self, batch: Batch, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the cross-entropy over supervised tokens, and a mixture's router loss (0 where none trains).
+
+        Hidden states are gathered at supervised positions before the vocabulary projection, so [B, T, V] never exists.
+        Right padding needs no mask: a causal model's real tokens never see it. Only a router's own loss would count it.
+        """
+        extra: dict[str, Any] = {"output_router_logits": True, "attention_mask": batch.real.long()} if self.router_trains else {}
+        if batch.branch is not None:
+            if self.router_trains:
+                raise ValueError("a router's loss counts tokens, which are not its own in rows that share or are packed")
+            document, branch = batch.document, batch.branch
+            mask: Any = self._mask(branch) if document is None else block_mask(document, branch)
+            extra = {"attention_mask": mask, "position_ids": batch.position}
+        extra |= {"inputs_embeds": self.embed(batch.ids, features, batch.slot_row, batch.slot_start), "use_cache": False}
+        with nullcontext() if self.router_trains else last_layer_only_at(batch.kept, self.language_model):
+            return self._loss(batch, extra)
+
+    def _loss(self, batch: Batch, extra: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.router_trains and too_large(len(batch.labels), self.language_model.config):
+            states = self.language_model.get_decoder()(**extra).last_hidden_state[batch.keep]  # [supervised, D]
+            loss = chunked_cross_entropy(self.language_model.get_output_embeddings(), states, batch.labels)
+            return loss, loss.new_zeros(())
+        output = self.language_model(logits_to_keep=batch.keep, **extra)
+        logits = output.logits.reshape(-1, output.logits.shape[-1])
+        loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        router = getattr(output, "aux_loss", None) if self.router_trains else None
+        return loss, loss.new_zeros(()) if router is None else router * self.language_model.config.router_aux_loss_coef
+
+    def _mask(self, branch: torch.Tensor) -> torch.Tensor:
+        """Who sees whom, as the attention in use takes it: sdpa asks for booleans, eager and ours add numbers."""
+        seen = branch_mask(branch)
+        if self.language_model.config._attn_implementation not in ("eager", GROUPED):
+            return seen
+        weight: Any = self.language_model.get_input_embeddings().weight
+        dtype: torch.dtype = weight.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)

@@ -1,0 +1,127 @@
+"""A training stage put together: encoder, examples and model as params name them, on the device they ask for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from pipeline.core.devices import pick_device, pick_precision, use_fast_float32
+from pipeline.features import Encoder
+from pipeline.params import Dataset, StageParams, Training
+from pipeline.text import PromptBuilder, TokenTable
+from pipeline.vlm.batches import LONGEST, Examples, Schedule, Sharing
+from pipeline.vlm.model import VisionLanguageModel, cast_frozen, choose_attention, freeze
+from pipeline.vlm.training.loop import MIXED
+from pipeline.vlm.training.parts import check_start, choose_sharing, make_builder, make_encoder, make_model, open_sources
+
+TOKENS = Path("data/tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A training stage, ready to run.
+
+    Attributes:
+        name, start: what it is called, and the checkpoint it goes on from, if any.
+        params, training: all that it may read of params.yaml, and its own section.
+        precision: float32, bfloat16 or float16.
+        encoder: the frozen one; without its weights where features are stored.
+        model, attention: what trains, on its device, and the name of its attention.
+        examples, heldout: what it trains on, and what it is measured on.
+        halved: whether parameters that do not train are held in bfloat16 beside float32 ones that do.
+    """
+
+    name: str
+    start: Path | None
+    params: StageParams
+    training: Training
+    accelerator: Accelerator
+    precision: str
+    encoder: Encoder
+    builder: PromptBuilder
+    model: VisionLanguageModel
+    attention: str
+    examples: Examples
+    heldout: Examples
+    halved: bool
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(**{key: getattr(self.training, key) for key in Schedule.__dataclass_fields__})
+
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes hold a part of every weight each."""
+        return self.params.runtime.fsdp and self.accelerator.num_processes > 1
+
+    def untrained(self) -> VisionLanguageModel:
+        """The model as training began with it."""
+        return make_model(self.params, self.training, self.encoder, self.precision, self.start)
+
+
+def assemble(params: StageParams, training: Training, *, dataset: Dataset, name: str, start: Path | None) -> Stage:
+    """Everything that training on `dataset` needs; raises `PipelineError` for parts that do not fit each other."""
+    accelerator, precision = _accelerate(params, training)
+    device = accelerator.device  # one a process
+    encoder = make_encoder(params, device)
+    table, heldout = TokenTable(TOKENS / f"{name}.arrow"), TokenTable(TOKENS / "heldout.arrow", limit=params.evaluate.limit)
+    builder = make_builder(params, encoder, table, heldout)
+    if start is not None:
+        check_start(params, encoder, builder, start)
+    model = make_model(params, training, encoder, precision, start)
+    shared = choose_sharing(training, model, table, name, accelerator)
+    # on a GPU held-out rows are not packed, and without that a mask costs more than it saves
+    heldout_shared = choose_sharing(training, model, heldout, "heldout", accelerator) if device.type == "cpu" else None
+    counts = freeze(model, training.train)
+    if halved := training.train == "projector+ends" and precision == "bfloat16":
+        cast_frozen(model, torch.bfloat16)
+    attention = _set_attention(model, device, (table, heldout), (shared, heldout_shared))
+    accelerator.print(
+        f"{name}: {counts['projector']:,} projector and {counts['language_model']:,} language-model parameters train, "
+        f"{counts['frozen']:,} are frozen; {len(table):,} rows, features {training.features}, {precision} on {device}",
+        flush=True,
+    )
+    cache = params.runtime.live_cache_mb * 1_000_000
+    source, heldout_source = open_sources(training.features, encoder, ((table, dataset), (heldout, params.data.heldout)), cache)
+    if training.features == "stored":
+        encoder.drop_tower()
+    return Stage(
+        name=name,
+        start=start,
+        params=params,
+        training=training,
+        accelerator=accelerator,
+        precision=precision,
+        encoder=encoder,
+        builder=builder,
+        model=model.to(device),
+        attention=attention,
+        examples=Examples(table, source, builder.image_id, shared),
+        heldout=Examples(heldout, heldout_source, builder.image_id, heldout_shared),
+        halved=halved,
+    )
+
+
+def _accelerate(params: StageParams, training: Training) -> tuple[Accelerator, str]:
+    """accelerate, set up and seeded, and the precision to compute in."""
+    device = pick_device(params.runtime.device)
+    precision = pick_precision(training.precision, device)
+    accelerator = Accelerator(mixed_precision=MIXED[precision], cpu=device.type == "cpu")
+    use_fast_float32()
+    set_seed(training.seed)
+    return accelerator, precision
+
+
+def _set_attention(
+    model: VisionLanguageModel, device: torch.device, tables: tuple[TokenTable, TokenTable], shared: tuple[Sharing | None, ...]
+) -> str:
+    """Choose the attention by the longest row that the model will see, and have the model use it."""
+    longest = max(int(table.lengths.max()) for table in tables)
+    if any(found is not None for found in shared):
+        longest = max(longest, LONGEST)
+    config = model.language_model.config
+    attention = choose_attention(config, device, longest, router_trains=model.router_trains)
+    model.language_model.set_attn_implementation(attention)
+    return attention

@@ -1,0 +1,127 @@
+"""The parts of a training stage, as params name them: encoder, prompt builder, model, and where features come from."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from pipeline.core import ARTEFACT, PipelineError
+from pipeline.features import Encoder, FeatureSource, FeatureStore, LiveFeatures, StoredFeatures
+from pipeline.params import Dataset, StageParams, Training
+from pipeline.records import open_dataset
+from pipeline.text import PromptBuilder, TokenTable
+from pipeline.vlm.batches import PAYS, Sharing, find_sharing
+from pipeline.vlm.model import (
+    VisionLanguageModel,
+    build_projector,
+    can_pack,
+    checkpoint,
+    hidden_size,
+    load_language_model,
+    sliding_window,
+)
+
+FEATURES = Path("data/features")
+
+
+def make_encoder(params: StageParams, device: torch.device) -> Encoder:
+    """The frozen encoder of `vision`."""
+    vision, runtime = params.vision, params.runtime
+    return Encoder(
+        vision.model,
+        revision=vision.revision,
+        layer=vision.layer,
+        precision=vision.precision,
+        storage=vision.storage,
+        device=device,
+        batch=runtime.extract_batch,
+    )
+
+
+def make_builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> PromptBuilder:
+    """The builder of `llm`; raises `PipelineError` for a table that another one made."""
+    llm = params.llm
+    builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=encoder.tokens)
+    for table in tables:
+        if table.spec != builder.spec():
+            raise PipelineError(
+                f"was made for another tokenizer, template or encoder than {llm.model}",
+                where=str(table.path),
+                remedy="dvc repro tokenize",
+                code=ARTEFACT,
+            )
+    return builder
+
+
+def make_model(
+    params: StageParams, training: Training, encoder: Encoder, precision: str, start: Path | None
+) -> VisionLanguageModel:
+    """Frozen weights are held in bfloat16 where the hardware computes in it; weights that train stay float32."""
+    frozen = training.train == "projector" and precision == "bfloat16"
+    dtype = torch.bfloat16 if frozen else torch.float32
+    kind = params.projector.kind
+    if start is None:
+        language_model = load_language_model(params.llm.model, revision=params.llm.revision, dtype=dtype)
+        projector = build_projector(kind, encoder.width, hidden_size(language_model))
+        return VisionLanguageModel(projector, language_model)
+    return checkpoint.load(start, dtype=dtype)[0]
+
+
+def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, start: Path) -> None:
+    """A start may come from elsewhere, by an import: what it was trained with must be what params name."""
+    manifest, llm = checkpoint.read_manifest(start), params.llm
+    vision, kind, trained, found = manifest.vision, manifest.projector["kind"], manifest.vision["spec"], encoder.spec()
+    differ = sorted(key for key in {*trained, *found} - {"precision"} if found.get(key) != trained.get(key))
+    problem = remedy = ""
+    if kind != params.projector.kind:
+        problem, remedy = f"has a {kind} projector", f"set projector.kind: {kind}"
+    elif differ:
+        problem = f"was trained on other features than {params.vision.model} gives ({', '.join(differ)})"
+        stored = trained.get("storage", "float16")
+        remedy = f"set vision.model: {vision['model']}, vision.layer: {vision['layer']}, vision.storage: {stored}"
+    elif not manifest.own_llm and (manifest.llm["model"], manifest.llm["revision"]) != (llm.model, llm.revision):
+        problem, remedy = f"was trained for {manifest.llm['model']}", f"set llm.model: {manifest.llm['model']}"
+    elif manifest.own_llm:
+        own = PromptBuilder(str(start), image_token=llm.image_token, tokens=encoder.tokens)
+        if own.tokenizer.get_vocab() != builder.tokenizer.get_vocab():
+            problem, remedy = f"its vocabulary is not that of {llm.model}", f"set llm.model: {start}"
+    if problem:
+        remedy = "dvc repro pretrain" if start == Path("models/pretrain") else remedy
+        raise PipelineError(problem, where=str(start), remedy=remedy, code=ARTEFACT)
+
+
+def open_sources(
+    features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Dataset], ...], cache: int
+) -> list[FeatureSource]:
+    """Where the pictures' features of each table come from: `features` is stored or live, `cache` bytes for live ones."""
+    if features == "live":
+        return [LiveFeatures(encoder, open_dataset(dataset).images, table, cache_bytes=cache) for table, dataset in tables]
+    store = FeatureStore(FEATURES)
+    store.check_encoder(encoder.spec())
+    return [StoredFeatures(store, table, encoder.device) for table, _ in tables]
+
+
+def choose_sharing(
+    training: Training, model: VisionLanguageModel, table: TokenTable, name: str, accelerator: Accelerator
+) -> Sharing | None:
+    """Which rows share their beginning, where params ask for it and the language model can have it.
+
+    `auto`: where it saves enough, and where masks cost little (not on a GPU for a family that is not packed there).
+    """
+    if not training.share_images:
+        return None
+    auto, config, device = training.share_images == "auto", model.language_model.config, accelerator.device
+    window = sliding_window(config)
+    if window is not None or getattr(config, "router_aux_loss_coef", None) is not None:
+        if auto:
+            return None
+        kind = "attends to a sliding window" if window is not None else "has a router that counts tokens"
+        raise PipelineError(f"{config.model_type} {kind}", where=f"{name}.share_images", remedy=f"set {name}.share_images: false")
+    if auto and device.type != "cpu" and not can_pack(config, device):
+        return None
+    sharing = find_sharing(table)
+    if auto and sharing.saved < PAYS:
+        return None
+    shared = f"{len(table):,} rows share {sharing.group.max() + 1:,} beginnings, {sharing.rows_a_group:.1f} each"
+    accelerator.print(f"{name}: {shared}; {sharing.saved:.0%} of the tokens need no computing", flush=True)
+    return sharing

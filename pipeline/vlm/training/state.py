@@ -1,0 +1,148 @@
+"""State of a training run that is not finished, so that the same command goes on where it stopped, bit for bit.
+
+Lies outside DVC's outputs, which DVC deletes before a run, under the main checkout's .dvc/tmp/resume, so an experiment in
+a temporary workspace finds it too. Its key is everything the result depends on: a state of other parameters, data or
+weights is never picked up. Order, learning rate and random numbers are functions of the step, so weights, optimiser
+moments and what was measured are all there is to keep.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.core import ARTEFACT, PipelineError, brief, fingerprint, publish_folder
+from pipeline.vlm.model import full_tensor, shard_like
+
+DEPENDS = "depends.json"
+KEPT = 3  # unfinished runs of a stage whose states are kept
+
+
+class TrainingState:
+    """The states of one run, in `folder`/`stage`-`key`; each is a folder named by its step.
+
+    Args:
+        depends: everything the result depends on; its hash is the key, so no other run's state is ever taken up.
+    """
+
+    def __init__(self, folder: Path, stage: str, depends: dict[str, Any]) -> None:
+        self._parent, self._stage, self._depends = folder, stage, depends
+        self.folder = folder / f"{stage}-{fingerprint(depends)}"
+
+    def save(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        history: list[dict[str, float]],
+        scaler: Any,
+        *,
+        heldout: list[dict[str, float]] | None = None,
+        best: int | None = None,
+        write: bool = True,
+    ) -> None:
+        """Write the state after `len(history)` steps whole or not at all; earlier ones of this run are then removed.
+
+        `heldout`: held-out losses so far, kept with it. `best`: steps of an earlier state that stays, or of this one.
+        Of several processes all take part, since each may hold a part of every tensor, and one writes.
+        """
+        held = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        for number, state in optimizer.state_dict()["state"].items():
+            held |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, value in held.items():  # one at a time: what is not written is dropped at once
+            found = full_tensor(value)
+            if write:
+                tensors[name] = found.cpu().contiguous().clone()
+        if not write:
+            return
+        target = self._state(len(history))
+        kept = {target.name} | ({self._state(best).name} if best is not None else set())
+        with publish_folder(target) as temporary:
+            save_file(tensors, temporary / "state.safetensors")
+            notes = {"history": history, "heldout": heldout or [], "scaler": scaler.state_dict() if scaler is not None else None}
+            (temporary / "state.json").write_text(json.dumps(notes), encoding="utf-8")
+            (temporary / DEPENDS).write_text(json.dumps(self._depends), encoding="utf-8")
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+        runs = sorted(self._parent.glob(f"{self._stage}-*"), key=lambda path: path.stat().st_mtime)
+        for path in runs[:-KEPT]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _state(self, steps: int) -> Path:
+        return self.folder / f"{steps:08d}"
+
+    def load(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: Any
+    ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+        """Put the newest readable state into model and optimiser; returns history and held-out losses, empty when there is none."""
+        for folder in sorted((path for path in self.folder.glob("[0-9]*") if path.is_dir()), reverse=True):
+            try:
+                tensors = load_file(folder / "state.safetensors")
+                notes = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError, SafetensorError):
+                print(f"resume: {folder} is not readable and is passed over", flush=True)
+                continue
+            _put(model, tensors)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            states: dict[int, dict[str, torch.Tensor]] = {}
+            for name, tensor in tensors.items():
+                if name.startswith("optimizer."):
+                    _, number, part = name.split(".")
+                    states.setdefault(int(number), {})[part] = shard_like(tensor, parameters[int(number)])
+            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+            if scaler is not None and notes["scaler"]:
+                scaler.load_state_dict(notes["scaler"])
+            return list(notes["history"]), list(notes.get("heldout", []))
+        self._name_differences()
+        return [], []
+
+    def take(self, model: torch.nn.Module, steps: int) -> None:
+        """The weights of the state after so many steps; raises `PipelineError` where it cannot be read."""
+        path = self._state(steps) / "state.safetensors"
+        try:
+            _put(model, load_file(path))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            remedy = f"remove {self.folder} and run again"
+            raise PipelineError(
+                f"the best state cannot be read: {brief(error)}", where=str(path), remedy=remedy, code=ARTEFACT
+            ) from None
+
+    def _name_differences(self) -> None:
+        """Say why the state of an unfinished run that is there is not taken up."""
+        others = sorted(self._parent.glob(f"{self._stage}-*/*/{DEPENDS}"), key=lambda path: path.stat().st_mtime)
+        if not others:
+            return
+        try:
+            other = _flat(json.loads(others[-1].read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return
+        mine = _flat(json.loads(json.dumps(self._depends)))
+        differ = [f"{key} {_short(other.get(key))} -> {_short(mine.get(key))}" for key in mine if other.get(key) != mine[key]]
+        print(f"resume: {others[-1].parent} is of another run ({', '.join(differ[:3])}), so this one starts afresh", flush=True)
+
+    def clear(self) -> None:
+        """The run is finished: its states are of no more use."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _put(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(shard_like(tensors[f"model.{name}"], parameter))
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {prefix: content}
+    return {key: value for name, part in content.items() for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:12]}…"

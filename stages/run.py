@@ -1,0 +1,60 @@
+"""What every stage does first and last: parameters narrowed to its own, one-line errors, figures, no orphans."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import PipelineError, exit_on_error, quiet_libraries
+from pipeline.params import StageParams, load_for_stage, read_yaml
+from stages.launch import launch, require_devices
+
+PARALLEL = ("extract", "pretrain", "sft")
+
+
+def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
+    """Run one stage in the project's root folder and write `metrics/<name>.json` from what it returns.
+
+    `seconds` and `peak_memory_gb` are added. A user's mistake ends as one line and a non-zero exit code.
+    """
+
+    def whole() -> None:
+        quiet_libraries()
+        params = load_for_stage(name)
+        _require_listed_models(name, params)
+        if params.runtime.processes > 1 and "RANK" not in os.environ and name in PARALLEL:
+            require_devices(params.runtime.processes, params.runtime.device)
+            launch(f"stages.{name}", params.runtime.processes)
+        from pipeline.core import write_json
+        from pipeline.core.devices import keep_freed_memory, peak_memory_gb, pick_device
+
+        keep_freed_memory()
+        began = time.perf_counter()
+        figures = work(params)
+        if int(os.environ.get("RANK", "0")):
+            return
+        figures["seconds"] = round(time.perf_counter() - began, 1)
+        figures["peak_memory_gb"] = round(peak_memory_gb(pick_device(params.runtime.device)), 3)
+        write_json(Path("metrics") / f"{name}.json", figures)
+        shown = ", ".join(f"{key} {value}" for key, value in figures.items() if not isinstance(value, dict))
+        print(f"{name}: {shown}", flush=True)
+
+    exit_on_error(whole)
+
+
+def _require_listed_models(stage: str, params: StageParams) -> None:
+    """A model in a folder must be a dependency, or a change of its files would not re-run the stage."""
+    listed = [Path(str(dep)) for dep in read_yaml(Path("dvc.yaml"))["stages"][stage].get("deps", [])]
+    for section in ("vision", "llm"):
+        try:
+            model = getattr(params, section).model
+        except PipelineError:
+            continue
+        folder = Path(model)
+        if folder.is_dir() and not any(folder == dep or dep in folder.parents for dep in listed):
+            raise PipelineError(
+                f"{section}.model is the folder {model}, which is not a dependency of stage {stage}",
+                where="dvc.yaml",
+                remedy=f"add {model} to stages.{stage}.deps",
+            )

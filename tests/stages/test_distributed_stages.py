@@ -1,0 +1,226 @@
+"""Whole stages in several processes: they end as one does, go on in another number, and stop without leaving any behind."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROWS, row
+from safetensors.torch import load_file
+from test_distributed import CLOSE, CLOSE_WEIGHTS, RANKS, contents, difference
+from test_run import ROOT, stage
+
+from pipeline.core.errors import ARTEFACT, BAD_ROWS, INTERRUPTED
+from pipeline.params.reading import override, read_yaml
+from pipeline.vlm.training.checkpointing import Checkpointer
+from pipeline.vlm.training.state import TrainingState
+
+
+def set_params(folder: Path, *changes: str) -> None:
+    from ruamel.yaml import YAML
+
+    path = folder / "params.yaml"
+    content = read_yaml(path if path.exists() else ROOT / "params.yaml")
+    override(content, list(changes))
+    with path.open("w", encoding="utf-8") as file:
+        YAML().dump(content, file)
+
+
+@pytest.fixture(scope="module")
+def untrained(
+    png: Callable[[int], bytes], vision_folders: dict[str, Path], llm_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Two dozen conversations about a dozen pictures, six held out; nothing has run yet."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("data/images", "data/models", ".dvc"):
+        (folder / name).mkdir(parents=True)
+    (folder / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
+    (folder / "data/models/clip").symlink_to(vision_folders["clip"])
+    (folder / "data/models/llm").symlink_to(llm_folder)
+    for number in range(18):
+        (folder / "data/images" / f"{number}.png").write_bytes(png(number))
+    one_each = [row("<image>\nWhat is this?", f"It is a red circle, {number}.", f"{number}.png") for number in range(18)]
+    for name, rows in (("rows", [*ROWS, *one_each[:12]]), ("heldout", one_each[12:])):
+        (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.{use}.images=data/images" for use in ("pretrain", "sft", "heldout")]
+    data += [f"data.{use}.records=data/rows.jsonl" for use in ("pretrain", "sft")] + ["data.heldout.records=data/heldout.jsonl"]
+    training = [
+        f"{name}.{change}"
+        for name in ("pretrain", "sft")
+        for change in ("batch_size=4", "micro_tokens=90", "precision=float32", "share_images=true")
+    ]
+    runtime = ["runtime.save_minutes=0", "runtime.workers=0", "runtime.extract_batch=2", "vision.shard_rows=4"]
+    set_params(folder, *data, *training, *runtime, "pretrain.epochs=12", "evaluate.max_new_tokens=4")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project after all stages in one process."""
+    folder = tmp_path_factory.mktemp("alone") / "project"
+    shutil.copytree(untrained, folder, symlinks=True)
+    for name in ("extract", "tokenize", "pretrain", "sft"):
+        finish(stage(name, folder))
+    return folder
+
+
+@pytest.fixture
+def project(untrained: Path, tmp_path: Path) -> Path:
+    """A fresh copy of the project, for two processes."""
+    shutil.copytree(untrained, tmp_path / "project", symlinks=True)
+    set_params(tmp_path / "project", f"runtime.processes={RANKS}")
+    return tmp_path / "project"
+
+
+def finish(running: subprocess.Popen[str], code: int = 0) -> str:
+    """What it said on stderr; no process of its making may be left, and no traceback seen."""
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == code, err
+    assert "Traceback" not in err
+    return err
+
+
+def take(alone: Path, project: Path) -> None:
+    """Give a project the inputs of training that one process made."""
+    for name in ("features", "tokens"):
+        shutil.copytree(alone / "data" / name, project / "data" / name)
+    shutil.copytree(alone / "data/features_meta", project / "data/features_meta")
+
+
+def assert_trained_alike(one: Path, other: Path, name: str) -> None:
+    histories = [list(csv.DictReader((folder / f"results/{name}/history.csv").open())) for folder in (one, other)]
+    assert len(histories[0]) == len(histories[1])
+    for here, there in zip(*histories, strict=True):
+        assert [float(x) for x in there.values()] == pytest.approx([float(x) for x in here.values()], rel=CLOSE)
+    files = sorted(path.name for path in (one / "models" / name).glob("*.safetensors"))
+    assert files
+    for file in files:
+        assert difference(*(load_file(folder / "models" / name / file) for folder in (one, other))) < CLOSE_WEIGHTS
+    figures = [json.loads((folder / f"metrics/{name}.json").read_text()) for folder in (one, other)]
+    for key in ("accuracy", "accuracy_blind", "questions", "steps"):
+        assert figures[0][key] == figures[1][key]
+    for key in ("loss", "train_loss"):
+        assert figures[0][key] == pytest.approx(figures[1][key], rel=CLOSE)
+    assert not list((other / ".dvc/tmp/resume").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divided", [False, True])
+def test_all_stages_in_two_processes_end_as_in_one(alone: Path, project: Path, divided: bool) -> None:
+    set_params(project, f"runtime.fsdp={divided}")
+    for name in ("extract", "tokenize"):
+        finish(stage(name, project))
+        assert contents(project / "data/features") == contents(alone / "data/features")
+    assert contents(project / "data/tokens") == contents(alone / "data/tokens")
+    for name in ("pretrain", "sft"):
+        finish(stage(name, project))
+        assert_trained_alike(alone, project, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "then"), [((RANKS, False), (1, False)), ((1, False), (RANKS, True)), ((RANKS, True), (RANKS, False))]
+)
+def test_a_run_that_was_stopped_goes_on_in_another_number_of_processes(
+    alone: Path, project: Path, first: tuple[int, bool], then: tuple[int, bool]
+) -> None:
+    take(alone, project)
+    set_params(project, f"runtime.processes={first[0]}", f"runtime.fsdp={first[1]}")
+    running = stage("pretrain", project)
+    stop_after(running, project, 5, signal.SIGTERM)
+    assert "state saved" in finish(running, code=143 if first[0] > 1 else INTERRUPTED)
+    set_params(project, f"runtime.processes={then[0]}", f"runtime.fsdp={then[1]}")
+    running = stage("pretrain", project)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    assert out.count("resume: going on after step") == 1
+    assert_trained_alike(alone, project, "pretrain")
+
+
+def stop_after(running: subprocess.Popen[str], project: Path, steps: int, number: signal.Signals) -> list[psutil.Process]:
+    """Send a signal once so many steps are saved; returns all processes that the run had."""
+    while not any(int(path.name) >= steps for path in project.glob(".dvc/tmp/resume/*/[0-9]*")):
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.01)
+    family = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
+    running.send_signal(number)
+    return family
+
+
+def assert_gone(family: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(family[1:], timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_that_is_stopped_or_killed_leaves_no_process(alone: Path, project: Path, number: signal.Signals) -> None:
+    take(alone, project)
+    running = stage("pretrain", project, TMPDIR=str(project))  # a killed launcher leaves its folder
+    family = stop_after(running, project, 2, number)
+    assert len(family) > RANKS
+    err = finish(running, code={signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number])
+    assert_gone(family)
+    assert "state saved" in only_error(err)
+
+
+def test_a_signal_that_comes_in_several_copies_asks_once(tmp_path: Path) -> None:
+    """A launcher's threads die one by one, and each death tells its children."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        Checkpointer(TrainingState(tmp_path, "t", {}), minutes=0)
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.slow
+def test_a_process_that_the_system_kills_is_named(alone: Path, project: Path) -> None:
+    """As it does when memory runs out."""
+    take(alone, project)
+    running = stage("pretrain", project)
+    family = stop_after(running, project, 2, signal.SIGCONT)
+    next(process for process in family[1:] if process.environ().get("RANK") == "1").kill()
+    assert only_error(finish(running, code=128 + 9)).startswith("error: process 2 was ended by SIGKILL")
+    assert_gone(family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("picture", ["0.png", "7.png"])
+def test_a_bad_picture_ends_all_processes_with_one_line(project: Path, picture: str) -> None:
+    """The first shard is the first process's, the second the other's, whose words must come through all the same."""
+    (project / "data/images" / picture).write_bytes(b"no picture")
+    err = finish(stage("extract", project), code=BAD_ROWS)
+    assert f"'{picture}': not a picture" in only_error(err)
+    assert not (project / "data/features").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_while_others_wait_for_its_gradient_ends_the_launch(alone: Path, project: Path) -> None:
+    take(alone, project)
+    shutil.copytree(alone / "models", project / "models")
+    (project / "data/images/7.png").write_bytes((project / "data/images/8.png").read_bytes())
+    err = finish(stage("sft", project), code=ARTEFACT)
+    assert "7.png': its bytes are not those that were tokenised" in only_error(err)
+
+
+@pytest.mark.slow
+def test_a_mistake_that_all_processes_see_is_said_once(project: Path) -> None:
+    err = finish(stage("pretrain", project), code=ARTEFACT)
+    assert only_error(err).startswith("error: data/tokens/pretrain.arrow:")
+
+
+def only_error(err: str) -> str:
+    (line,) = [line for line in err.splitlines() if "error" in line.lower()]
+    return line[line.index("error: ") :]
