@@ -32,8 +32,9 @@ from benchmarks.kills import Ended, Trials, run
 from pipeline.core.errors import ARTEFACT, PipelineError, exit_on_error
 from pipeline.core.quiet import quiet_libraries
 from pipeline.features.__main__ import app as features
+from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.extraction import extract
 from pipeline.features.store.store import INDEX, FeatureStore
 from pipeline.records.images import ImageRoot
 

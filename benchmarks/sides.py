@@ -25,8 +25,9 @@ from benchmarks.world import IMAGE_TOKEN, World
 from pipeline.core.devices import keep_freed_memory, peak_memory_gb, use_fast_float32
 from pipeline.core.errors import exit_on_error
 from pipeline.core.quiet import quiet_libraries
+from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.extraction import extract
 from pipeline.features.sources import FeatureSource, LiveFeatures, StoredFeatures
 from pipeline.features.store.store import FeatureStore
 from pipeline.records.images import ImageRoot

@@ -24,8 +24,9 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, LlamaConf
 
 from pipeline.core.files import write_json
 from pipeline.core.quiet import quiet_libraries
+from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.extraction import extract
 from pipeline.records.formats import RowPolicy, SourceSpec, open_source
 from pipeline.records.images import ImageRoot
 from pipeline.text.builder import PromptBuilder

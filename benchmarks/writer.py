@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from pipeline.core.devices import pick_device
+from pipeline.features.decoding import ImageFile
+from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.extraction import ImageFile, distinct_images, extract
+from pipeline.features.extraction import extract
 from pipeline.records.images import ImageRoot
 
 WORKERS, SHARD_ROWS = 2, 4096  # as in params.yaml

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 
 from pipeline.core import PipelineError, main_checkout, publish, publish_folder, to_json
 from pipeline.core.devices import pick_device, use_fast_float32
-from pipeline.features import Encoder, distinct_images, extract
+from pipeline.features import Encoder, Extraction, Processes, distinct_images, extract, load_encoder
 from pipeline.params import StageParams
 from pipeline.records import GoodImages, Mixture, Source, good_rows, open_dataset, picture_is_used
 from stages.run import run_stage
@@ -27,21 +28,8 @@ def main(params: StageParams) -> dict[str, Any]:
     skip, missing = params.data.on_error == "skip", list[PipelineError]()
     files, hashes = distinct_images(_wanted(params), threads=max(1, runtime.workers), missing=missing if skip else None)
     use_fast_float32()
-    device = pick_device(runtime.device)
-    processes: dict[str, Any] = {}
-    if "RANK" in os.environ:
-        state = PartialState(cpu=device.type == "cpu")
-        device = state.device
-        processes = {"rank": state.process_index, "ranks": state.num_processes, "wait": state.wait_for_everyone}
-    encoder = Encoder(
-        vision.model,
-        revision=vision.revision,
-        layer=vision.layer,
-        precision=vision.precision,
-        storage=vision.storage,
-        device=device,
-        batch=runtime.extract_batch,
-    )
+    device, processes = _processes(pick_device(runtime.device))
+    encoder = load_encoder(vision, device=device, batch=runtime.extract_batch)
     done = extract(
         files,
         hashes,
@@ -51,18 +39,29 @@ def main(params: StageParams) -> dict[str, Any]:
         shard_rows=vision.shard_rows,
         workers=runtime.workers,
         skip=skip,
-        **processes,
+        processes=processes,
     )
-    if not processes.get("rank"):
+    if processes.is_first:
         _write_meta(encoder, hashes[done.good])
         _write_rejected([*missing, *done.bad])
-    rate = round(done.encoded / done.seconds, 1) if done.seconds else 0.0
+    return _figures(done, missing)
+
+
+def _processes(device: torch.device) -> tuple[torch.device, Processes]:
+    """This process's own device and its place among all, where a launcher has started several."""
+    if "RANK" not in os.environ:
+        return device, Processes()
+    state = PartialState(cpu=device.type == "cpu")
+    return state.device, Processes(state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+def _figures(done: Extraction, missing: list[PipelineError]) -> dict[str, Any]:
     return {
         "images": done.images,
         "rejected": len({error.where for error in (*missing, *done.bad)}),
         "encoded": done.encoded,
         "cache_mb": round(done.bytes / 1e6, 1),
-        "images_per_second": rate,
+        "images_per_second": round(done.encoded / done.seconds, 1) if done.seconds else 0.0,
         "decode_ms": round(1000 * done.decoding / done.encoded, 3) if done.encoded else 0.0,
         "waiting_share": round(done.waited / done.seconds, 3) if done.seconds else 0.0,
     }

@@ -33,8 +33,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.extraction import extract
 from pipeline.features.store.store import FeatureStore
 from pipeline.records.formats import RowPolicy, SourceSpec, open_source
 from pipeline.records.images import ImageRoot

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from pipeline.core import PipelineError, brief
 from pipeline.core.devices import pick_device, use_fast_float32
-from pipeline.features import Encoder, Float16Format, Int8Format, RowFormat, row_bytes
+from pipeline.features import Float16Format, Int8Format, RowFormat, load_encoder, row_bytes
 from pipeline.params import LanguageModel, Params
 
 CHEAP = 500_000_000  # bytes of weights up to which the encoder is loaded to be timed
@@ -85,10 +85,7 @@ def _measure(params: Params, samples: list[bytes]) -> Rate:
     """Decoding and encoding timed apart: in the stage one hides behind the other."""
     vision, runtime = params.vision, params.runtime
     use_fast_float32()
-    encoder = Encoder(
-        vision.model, revision=vision.revision, layer=vision.layer, precision=vision.precision, storage=vision.storage,
-        device=pick_device(runtime.device), batch=runtime.extract_batch,
-    )  # fmt: skip
+    encoder = load_encoder(vision, device=pick_device(runtime.device), batch=runtime.extract_batch)
     began = time.perf_counter()
     pixels = [encoder.preprocess(data, where="sample") for data in samples]
     decoding = (time.perf_counter() - began) / len(samples) / max(1, runtime.workers)

@@ -44,7 +44,8 @@ def check_runnable(source: Source) -> None:
     """Raises `PipelineError` naming the first thing that llama.cpp has no equal for."""
     config, tower = source.language_model.config, source.encoder.tower.config
     if source.kind != "mlp":
-        why = "always has GELU between two layers" if source.kind == "linear" else "has no projector with a LayerNorm first"
+        reasons = {"linear": "always has GELU between two layers", "norm_mlp": "has no projector with a LayerNorm first"}
+        why = reasons.get(source.kind, "knows two layers with GELU between them")
         raise PipelineError(
             f"llama.cpp cannot run a {source.kind} projector: it {why}",
             where="projector.kind",

@@ -39,6 +39,12 @@ ACTIVATION = {"linear": "linear", "mlp": "gelu_pytorch_tanh", "norm_mlp": "gelu"
 
 def check_exportable(source: Source) -> None:
     """Raises `PipelineError` where no Transformers class computes what this pipeline does."""
+    if source.kind not in LAYERS:
+        raise PipelineError(
+            f"Transformers' LLaVA has no place for a projector of kind {source.kind}",
+            where="projector.kind",
+            remedy="train with projector.kind: mlp",
+        )
     if source.has_cls:
         return
     tower = source.encoder.tower.config

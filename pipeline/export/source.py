@@ -59,7 +59,7 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """linear, mlp or norm_mlp."""
+        """The projector's kind (see `pipeline.vlm.model.projector`)."""
         return str(self.manifest.projector["kind"])
 
     @property

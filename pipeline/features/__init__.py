@@ -1,14 +1,16 @@
 """A picture in, patch features [P, Dv] out: from the frozen encoder, or from the store that has kept what it gave.
 
 encoder      the frozen vision tower and its pixels          store        rows of patch features on disk
-decoding     pictures decoded by worker processes            extraction   every picture of the data sets, once, into the store
+distinct     the distinct pictures of data sets              decoding     pictures decoded by worker processes
+extraction   every picture, once, into the store
 sources      what training asks for features: the store or the live encoder
 `python -m pipeline.features verify|info|show` looks after a store.
 """
 
-from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.distinct import distinct_images
+from pipeline.features.encoder.encoder import Encoder, load_encoder
 from pipeline.features.encoder.tower import TOWERS
-from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.extraction import Extraction, Processes, extract
 from pipeline.features.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
 from pipeline.features.store.row_format import Float16Format, Int8Format, RowFormat
 from pipeline.features.store.shards import row_bytes
@@ -17,15 +19,18 @@ from pipeline.features.store.store import FeatureStore
 __all__ = [
     "TOWERS",
     "Encoder",
+    "Extraction",
     "FeatureSource",
     "FeatureStore",
     "Float16Format",
     "Int8Format",
     "LiveFeatures",
     "NoFeatures",
+    "Processes",
     "RowFormat",
     "StoredFeatures",
     "distinct_images",
     "extract",
+    "load_encoder",
     "row_bytes",
 ]

@@ -1,20 +1,14 @@
-"""Images, in order, through the decoder and the frozen encoder: decoding runs ahead in worker processes.
-
-Reads image files by name and gives one row of features at a time; an image that cannot be decoded is told, not lost.
-"""
+"""Pictures decoded in worker processes, ahead of whoever computes with them; one that cannot be decoded is told, not lost."""
 
 import sys
 import time
-from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from pipeline.core import BAD_ROWS, PipelineError
-from pipeline.features.encoder.encoder import Encoder
 from pipeline.features.encoder.preprocess import Preprocessor
 from pipeline.records import ImageError, Images, digest
 
@@ -31,7 +25,7 @@ class ImageFile:
         return self.root.place(self.name)
 
 
-class Pixels(Dataset):
+class DecodedImages(Dataset):
     """Decodes one image an item, in worker processes, and tells the seconds it took.
 
     A bad image is returned, not raised, so that its message survives. An `ImageError` of the decoder says that the image is
@@ -68,6 +62,11 @@ class Pixels(Dataset):
         return found if isinstance(found, PipelineError) else None
 
 
+def decoded_batches(images: DecodedImages, *, batch: int, workers: int) -> DataLoader:
+    """Batches in order, decoded ahead: pixels uint8 [k, 3, S, S] or None, an error or None for each image, seconds of decoding."""
+    return DataLoader(images, batch_size=batch, num_workers=workers, collate_fn=_stack, worker_init_fn=_be_quiet)
+
+
 def _be_quiet(_: int) -> None:
     """A worker whose parent was interrupted has nothing to report: the parent says it."""
     sys.excepthook = lambda *_: None
@@ -80,79 +79,3 @@ def _stack(
     pixels = [item for item, _ in items if isinstance(item, np.ndarray)]
     errors = [item if isinstance(item, PipelineError) else None for item, _ in items]
     return torch.from_numpy(np.stack(pixels)) if pixels else None, errors, sum(seconds for _, seconds in items)
-
-
-class Stream:
-    """Fresh rows in order, one at a time; decoding runs ahead in worker processes.
-
-    `seconds` is what encoding took in all, `waited` how much of it the encoder stood still for want of a decoded picture,
-    `decoding` what reading, decoding and resizing took the workers together.
-    A bad image raises its error, or with `skip` has None for a row and is counted in `skipped`.
-    """
-
-    def __init__(
-        self, files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, workers: int, *, skip: bool, quiet: bool
-    ) -> None:
-        self._files, self._encoder, self._done, self._skip, self._quiet = files, encoder, 0, skip, quiet
-        self.seconds, self.waited, self.decoding, self.skipped = 0.0, 0.0, 0.0, 0
-        self._loader = DataLoader(
-            Pixels(files, hashes, encoder.preprocess),
-            batch_size=encoder.batch,
-            num_workers=workers,
-            collate_fn=_stack,
-            worker_init_fn=_be_quiet,
-        )
-        self._rows = self._encode() if files else iter(())
-
-    def __next__(self) -> np.ndarray | None:
-        return next(self._rows)
-
-    def _rows_of(self, pixels: torch.Tensor | None, errors: list[PipelineError | None]) -> list[np.ndarray | None]:
-        """A batch's rows, None for a bad image."""
-        stop = next((error for error in errors if error and not (self._skip and isinstance(error, ImageError))), None)
-        if stop:
-            raise stop
-        files = self._files[self._done : self._done + len(errors)]
-        names = [file.where for file, error in zip(files, errors, strict=True) if error is None]
-        rows = iter([] if pixels is None else self._encoder.encode_rows(pixels, names).numpy())
-        self.skipped += len(files) - len(names)
-        return [None if error else next(rows) for error in errors]
-
-    def _encode(self) -> Iterator[np.ndarray | None]:
-        size, first = self._encoder.batch, 0.0
-        with tqdm(total=len(self._files), unit="image", desc="extract", mininterval=0.5, disable=self._quiet) as bar:
-            asked = time.perf_counter()
-            for pixels, errors, decoding in self._loader:
-                began = time.perf_counter()
-                rows = self._rows_of(pixels, errors)
-                ended = time.perf_counter()
-                if self._done:  # starting the workers is no waiting for decoding
-                    self.waited += began - asked
-                self.seconds += ended - asked
-                self.decoding += decoding
-                self._done += len(rows)
-                bar.update(len(rows))
-                if self._done == 8 * size and not self._quiet and len(self._files) > 16 * size:
-                    rate = 7 * size / (self.seconds - first)
-                    bar.write(f"extract: about {(len(self._files) - self._done) / rate:,.0f} s to go at {rate:,.0f} images/s")
-                elif self._done == size:
-                    first = self.seconds
-                yield from rows  # last: nobody asks beyond the last row
-                asked = time.perf_counter()
-
-    def close(self) -> None:
-        """End the progress bar, so that an error stands on a line of its own."""
-        if isinstance(self._rows, Generator):
-            self._rows.close()
-
-    def report(self) -> None:
-        """Say what an image cost, and when the encoder was kept waiting for decoded ones."""
-        if not self._done or self._quiet:
-            return
-        share, each = self.waited / self.seconds, 1000 * self.decoding / self._done
-        more = " -> raise runtime.workers" if share > 0.05 else ""
-        print(
-            f"extract: {self._done / self.seconds:,.1f} images/s; decoding took {each:.2f} ms of a worker an image, "
-            f"{share:.0%} of the time went by waiting for it{more}",
-            flush=True,
-        )

@@ -7,13 +7,15 @@ stops the run, or its row in the shard stays a hole: zeros under a hash of zeros
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from pipeline.core import (
@@ -23,15 +25,15 @@ from pipeline.core import (
     fingerprint,
     link_or_copy,
     make_folder,
-    prefetch,
     remove_leftovers,
     write_json,
 )
-from pipeline.features.decoding import ImageFile, Pixels, Stream
+from pipeline.features.decoding import DecodedImages, ImageFile, decoded_batches
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.store.shards import Shard, row_bytes, shard_name, write_shard
+from pipeline.features.shard_plan import NewShard, ShardPlan, has_image, plan_shards
+from pipeline.features.store.shards import row_bytes, write_shard
 from pipeline.features.store.store import INDEX, ShardSet
-from pipeline.records import ImageError, Images, digest
+from pipeline.records import ImageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,20 @@ class Extraction:
     bad: list[PipelineError]
 
 
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """Of `ranks` processes each encodes every `ranks`-th new shard; `wait` returns when all have come to it."""
+
+    rank: int = 0
+    ranks: int = 1
+    wait: Callable[[], None] = lambda: None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one speaks for all and makes the output."""
+        return self.rank == 0
+
+
 def extract(
     files: list[ImageFile],
     hashes: np.ndarray,
@@ -62,79 +78,62 @@ def extract(
     shard_rows: int,
     workers: int,
     skip: bool = False,
-    rank: int = 0,
-    ranks: int = 1,
-    wait: Callable[[], None] = lambda: None,
+    processes: Processes = Processes(),
 ) -> Extraction:
     """Write the features of distinct images [n] (hashes uint8 [n, 32]) to `out`; returns what was done.
 
     New shards go to the first store; rows that any of them holds are taken over. Raises `PipelineError` when an image is
     bad (named; with `skip` it is left out and told instead), features are not finite, or the disk is too small (both figures).
-
-    Of `ranks` processes each encodes every `ranks`-th new shard; `wait` returns when all have come to it, then the first
-    process makes the output.
     """
-    spec, folders = encoder.spec(), [store / fingerprint(encoder.spec()) for store in stores]
+    folders = [store / fingerprint(encoder.spec()) for store in stores]
     make_folder(folders[0])
     remove_leftovers(folders[0])
-    parts = [slice(start, start + shard_rows) for start in range(0, len(files), shard_rows)]
-    names = [shard_name(fingerprint(spec), hashes[part]) for part in parts]
-    pixels = Pixels(files, hashes, encoder.preprocess)
-    found = [
-        next((path for folder in folders if (path := folder / name).exists() and _holds(path, part, pixels, skip=skip)), None)
-        for name, part in zip(names, parts, strict=True)
-    ]
-    todo = [number for number, path in enumerate(found) if path is None]
-    known = ShardSet([Shard(path) for folder in folders if todo for path in sorted(folder.glob("*.h5"))], encoder.rows)
-    rows = [known.find(hashes[parts[number]]) for number in todo]
-    fresh = {number: parts[number].start + np.flatnonzero(stored < 0) for number, stored in zip(todo, rows, strict=True)}
-    encoded = sum(map(len, fresh.values()))
-    wait()  # nobody writes before all have seen the same store, or a shard may be nobody's
-    if not rank:
-        _announce(len(files), encoded, sum(map(len, rows)), encoder, folders[0])
-    mine = todo[rank::ranks]
-    wanted = np.concatenate([np.empty(0, np.int64), *(fresh[number] for number in mine)])
+    images = DecodedImages(files, hashes, encoder.preprocess)
+    plan = plan_shards(images, hashes, encoder, folders, shard_rows, skip=skip)
+    processes.wait()  # nobody writes before all have seen the same store, or a shard may be nobody's
+    if processes.is_first:
+        _announce(len(files), plan.encode, sum(len(shard.stored) for shard in plan.todo), encoder, folders[0])
+    mine = plan.todo[processes.rank :: processes.ranks]
+    wanted = np.concatenate([np.empty(0, np.int64), *(shard.fresh for shard in mine)])
     chosen = [files[i] for i in wanted.tolist()], hashes[wanted]
-    with closing(Stream(*chosen, encoder, workers, skip=skip, quiet=bool(rank))) as stream:
-        for number, stored in list(zip(todo, rows, strict=True))[rank::ranks]:
-            written = hashes[parts[number]].copy()
-            batches = _batches(stored, known, stream, written)  # which makes holes of bad ones in `written`
-            notes = {"relative_error": encoder.relative_error()}
-            write_shard(folders[0] / names[number], written, spec, encoder.rows, batches, notes=notes)
+    with closing(FeatureStream(*chosen, encoder, workers, skip=skip, quiet=not processes.is_first)) as stream:
+        for shard in mine:
+            _write(shard, plan.known, stream, encoder)
     stream.report()
-    wait()
-    paths = [path or folders[0] / name for path, name in zip(found, names, strict=True)]
-    if not rank:
-        _make_output(out, paths, spec, hashes, shard_rows)
-    wait()
-    size = sum(file.stat().st_size for file in out.iterdir())
-    good = np.concatenate([np.ones(0, bool), *(_is_there(path) for path in paths)])
-    bad = [_why(pixels, item) for item in np.flatnonzero(~good).tolist()]
-    return Extraction(int(good.sum()), encoded - stream.skipped, size, stream.seconds, stream.waited, stream.decoding, good, bad)
+    processes.wait()
+    if processes.is_first:
+        _make_output(out, plan.paths, encoder.spec(), hashes, shard_rows)
+    processes.wait()
+    return _told(out, plan, images, stream)
 
 
-def _why(pixels: Pixels, item: int) -> PipelineError:
+def _write(shard: NewShard, known: ShardSet, stream: "FeatureStream", encoder: Encoder) -> None:
+    written = shard.hashes.copy()
+    batches = _batches(shard.stored, known, stream, written)  # which makes holes of bad ones in `written`
+    notes = {"relative_error": encoder.relative_error()}
+    write_shard(shard.path, written, encoder.spec(), encoder.rows, batches, notes=notes)
+
+
+def _told(out: Path, plan: ShardPlan, images: DecodedImages, stream: "FeatureStream") -> Extraction:
+    good = np.concatenate([np.ones(0, bool), *(has_image(path) for path in plan.paths)])
+    return Extraction(
+        images=int(good.sum()),
+        encoded=plan.encode - stream.skipped,
+        bytes=sum(file.stat().st_size for file in out.iterdir()),
+        seconds=stream.seconds,
+        waited=stream.waited,
+        decoding=stream.decoding,
+        good=good,
+        bad=[_why(images, item) for item in np.flatnonzero(~good).tolist()],
+    )
+
+
+def _why(images: DecodedImages, item: int) -> PipelineError:
     """What is wrong with an image that was bad a moment ago."""
-    error = pixels.error(item)
+    error = images.error(item)
     if not isinstance(error, ImageError):
-        raise error or PipelineError("changed while it was being read", where=pixels.files[item].where, code=BAD_ROWS)
+        raise error or PipelineError("changed while it was being read", where=images.files[item].where, code=BAD_ROWS)
     return error
-
-
-def _is_there(path: Path) -> np.ndarray:
-    """For each row of a shard whether an image is in it: bool [rows]."""
-    return Shard(path).hashes.any(1)
-
-
-def _holds(path: Path, part: slice, pixels: Pixels, *, skip: bool) -> bool:
-    """Whether a stored shard can be taken: every image is in it that can be decoded, and bad ones may be left out."""
-    for row in np.flatnonzero(~_is_there(path)).tolist():
-        error = pixels.error(part.start + row)
-        if error is not None and not skip:
-            raise error
-        if not isinstance(error, ImageError):  # it can be decoded now
-            return False
-    return True
 
 
 def _make_output(out: Path, shards: list[Path], spec: dict[str, Any], hashes: np.ndarray, shard_rows: int) -> None:
@@ -168,7 +167,7 @@ def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Pa
         )
 
 
-def _batches(stored: np.ndarray, known: ShardSet, stream: Stream, hashes: np.ndarray) -> Iterator[np.ndarray]:
+def _batches(stored: np.ndarray, known: ShardSet, stream: "FeatureStream", hashes: np.ndarray) -> Iterator[np.ndarray]:
     """A shard's rows in order, in batches of bounded size: row `stored[i]` of the known ones, or fresh where it is -1.
 
     A fresh one that is bad becomes zeros, and so does its hash in `hashes` [rows, 32].
@@ -186,44 +185,71 @@ def _batches(stored: np.ndarray, known: ShardSet, stream: Stream, hashes: np.nda
         yield batch
 
 
-def distinct_images(
-    sources: Iterable[tuple[Images, Iterable[str]] | tuple[Images, Iterable[str], Callable[[bytes], bool]]],
-    *,
-    threads: int = 1,
-    missing: list[PipelineError] | None = None,
-) -> tuple[list[ImageFile], np.ndarray]:
-    """Distinct images by content, in order of first appearance: files [n] and hashes uint8 [n, 32].
+class FeatureStream:
+    """Fresh rows in order, one at a time; decoding runs ahead in worker processes.
 
-    Args:
-        sources: where the images are, their names and, where not all of them count, whether the one of a hash does.
-        missing: takes up what is wrong with images that cannot be read; None = the first one is raised.
+    `seconds` is what encoding took in all, `waited` how much of it the encoder stood still for want of a decoded picture,
+    `decoding` what reading, decoding and resizing took the workers together.
+    A bad image raises its error, or with `skip` has None for a row and is counted in `skipped`.
     """
-    files: list[ImageFile] = []
-    hashes: list[bytes] = []
-    seen: set[bytes] = set()
 
-    def named() -> Iterator[tuple[ImageFile, Callable[[bytes], bool]]]:
-        for root, names, *wanted in sources:
-            asked: set[str] = set()
-            for name in names:
-                if name not in asked:
-                    asked.add(name)
-                    yield ImageFile(root, name), wanted[0] if wanted else bool
+    def __init__(
+        self, files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, workers: int, *, skip: bool, quiet: bool
+    ) -> None:
+        self._files, self._encoder, self._done, self._skip, self._quiet = files, encoder, 0, skip, quiet
+        self.seconds, self.waited, self.decoding, self.skipped = 0.0, 0.0, 0.0, 0
+        self._loader = decoded_batches(DecodedImages(files, hashes, encoder.preprocess), batch=encoder.batch, workers=workers)
+        self._rows = self._encode() if files else iter(())
 
-    def read(job: tuple[ImageFile, Callable[[bytes], bool]]) -> bytes | PipelineError:
-        try:
-            return digest(job[0].root.read(job[0].name))
-        except ImageError as error:
-            return ImageError(error.what, where=error.where, remedy=error.remedy)
+    def __next__(self) -> np.ndarray | None:
+        return next(self._rows)
 
-    done = prefetch(named(), read, depth=4 * threads, threads=threads)
-    for (file, is_wanted), key in tqdm(done, desc="extract: reading images", unit="image", mininterval=0.5, leave=False):
-        if isinstance(key, PipelineError):
-            if missing is None:
-                raise key
-            missing.append(key)
-        elif key not in seen and is_wanted(key):
-            seen.add(key)
-            files.append(file)
-            hashes.append(key)
-    return files, np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
+    def _rows_of(self, pixels: torch.Tensor | None, errors: list[PipelineError | None]) -> list[np.ndarray | None]:
+        """A batch's rows, None for a bad image."""
+        stop = next((error for error in errors if error and not (self._skip and isinstance(error, ImageError))), None)
+        if stop:
+            raise stop
+        files = self._files[self._done : self._done + len(errors)]
+        names = [file.where for file, error in zip(files, errors, strict=True) if error is None]
+        rows = iter([] if pixels is None else self._encoder.encode_rows(pixels, names).numpy())
+        self.skipped += len(files) - len(names)
+        return [None if error else next(rows) for error in errors]
+
+    def _encode(self) -> Iterator[np.ndarray | None]:
+        size, first = self._encoder.batch, 0.0
+        with tqdm(total=len(self._files), unit="image", desc="extract", mininterval=0.5, disable=self._quiet) as bar:
+            asked = time.perf_counter()
+            for pixels, errors, decoding in self._loader:
+                began = time.perf_counter()
+                rows = self._rows_of(pixels, errors)
+                ended = time.perf_counter()
+                if self._done:  # starting the workers is no waiting for decoding
+                    self.waited += began - asked
+                self.seconds += ended - asked
+                self.decoding += decoding
+                self._done += len(rows)
+                bar.update(len(rows))
+                if self._done == 8 * size and not self._quiet and len(self._files) > 16 * size:
+                    rate = 7 * size / (self.seconds - first)
+                    bar.write(f"extract: about {(len(self._files) - self._done) / rate:,.0f} s to go at {rate:,.0f} images/s")
+                elif self._done == size:
+                    first = self.seconds
+                yield from rows  # last: nobody asks beyond the last row
+                asked = time.perf_counter()
+
+    def close(self) -> None:
+        """End the progress bar, so that an error stands on a line of its own."""
+        if isinstance(self._rows, Generator):
+            self._rows.close()
+
+    def report(self) -> None:
+        """Say what an image cost, and when the encoder was kept waiting for decoded ones."""
+        if not self._done or self._quiet:
+            return
+        share, each = self.waited / self.seconds, 1000 * self.decoding / self._done
+        more = " -> raise runtime.workers" if share > 0.05 else ""
+        print(
+            f"extract: {self._done / self.seconds:,.1f} images/s; decoding took {each:.2f} ms of a worker an image, "
+            f"{share:.0%} of the time went by waiting for it{more}",
+            flush=True,
+        )

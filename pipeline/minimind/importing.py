@@ -141,20 +141,12 @@ def _prepare_checkpoint(
         lacks = "a projector, which this file has not" if projector is None else "a tokenizer"
         remedy = "leave --checkpoint out" if projector is None else "add --tokenizer"
         raise PipelineError(f"--checkpoint needs {lacks}", remedy=remedy)
-    from pipeline.features import Encoder
+    from pipeline.features import load_encoder
     from pipeline.params import load
 
     params = load()
     vision = params.vision
-    encoder: Encoder = Encoder(
-        vision.model,
-        revision=vision.revision,
-        layer=vision.layer,
-        precision=vision.precision,
-        storage=vision.storage,
-        device=pick_device(params.runtime.device),
-        batch=1,
-    )
+    encoder = load_encoder(vision, device=pick_device(params.runtime.device), batch=1)
     if encoder.width != projector.width:
         raise PipelineError(
             f"the projector takes features of width {projector.width}, {vision.model} gives {encoder.width}",

@@ -69,5 +69,8 @@ def read_projector(tensors: Tensors, hidden: int, *, where: str) -> Projector:
 
 
 def to_minimind(projector: nn.Sequential, kind: str) -> Tensors:
-    """Our projector's tensors by MiniMind-V's names."""
+    """Our projector's tensors by MiniMind-V's names; raises `PipelineError` for a kind that MiniMind-V never had."""
+    if kind not in PREFIXES:
+        remedy = f"train with projector.kind: {', '.join(PREFIXES)}"
+        raise PipelineError(f"MiniMind-V has no projector of kind {kind}", where="projector.kind", remedy=remedy)
     return {f"{PREFIXES[kind]}{name}": tensor for name, tensor in projector.state_dict().items()}

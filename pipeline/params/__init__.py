@@ -5,7 +5,7 @@ stage_view   one stage's part of it          `python -m pipeline.params [key=val
 """
 
 from pipeline.params.reading import load, read_yaml
-from pipeline.params.schema import Data, Dataset, HeldOut, LanguageModel, Params, Part, Tokenize, Training
+from pipeline.params.schema import Data, Dataset, HeldOut, LanguageModel, Params, Part, Tokenize, Training, Vision
 from pipeline.params.stage_view import StageParams, load_for_stage
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "StageParams",
     "Tokenize",
     "Training",
+    "Vision",
     "load",
     "load_for_stage",
     "read_yaml",

@@ -14,8 +14,9 @@ from conftest import World
 from benchmarks.damage import flipped, noticed, parts, sample
 from benchmarks.kills import FREES, Trials, contents, run
 from pipeline.core.errors import PipelineError
+from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.extraction import extract
 from pipeline.features.sources import StoredFeatures
 from pipeline.features.store.store import FeatureStore
 from pipeline.records.images import ImageRoot

@@ -10,8 +10,9 @@ from conftest import World
 from test_shards import overwrite
 
 from pipeline.core.errors import PipelineError
+from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.extraction import Extraction, distinct_images, extract
+from pipeline.features.extraction import Extraction, extract
 from pipeline.features.store.store import INDEX, FeatureStore
 from pipeline.records.images import ImageError, ImageRoot, digest
 

@@ -98,7 +98,7 @@ def test_a_contact_sheet_of_the_users_images(tmp_path: Path, monkeypatch: pytest
     for name in ("params.yaml", "data"):
         (tmp_path / name).symlink_to(root / name)
     monkeypatch.chdir(tmp_path)
-    from pipeline.features.extraction import distinct_images
+    from pipeline.features.distinct import distinct_images
     from pipeline.records.images import ImageRoot
 
     _, hashes = distinct_images([(ImageRoot("data/easyvqa/images.zip"), [f"train/{i}.png" for i in range(8)])])

@@ -10,8 +10,9 @@ from conftest import World
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.fingerprint import fingerprint
+from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.extraction import extract
 from pipeline.features.store.row_format import Float16Format, Int8Format, calibration_pictures, measure_constants, row_format_of
 from pipeline.features.store.shards import Shard, write_shard
 from pipeline.features.store.store import FeatureStore

@@ -13,9 +13,10 @@ from transformers import AutoImageProcessor
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.fingerprint import fingerprint
+from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
 from pipeline.features.encoder.tower import _load_tower
-from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.extraction import extract
 from pipeline.features.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
 from pipeline.features.store.store import FeatureStore
 from pipeline.records.images import ImageRoot, decode

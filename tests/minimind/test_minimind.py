@@ -200,14 +200,15 @@ def test_a_trained_model_comes_back_as_the_same_model(world: World, project: Pat
 
 
 def test_a_checkpoint_is_one_that_sft_starts_from(world: World, project: Path) -> None:
+    from pipeline.features import load_encoder
     from pipeline.params.reading import load
-    from pipeline.vlm.training.parts import make_encoder, make_model
+    from pipeline.vlm.training.parts import make_model
 
     source = trained(world, project / "sft", "mlp")
     done("export", source, "x.pth")
     done("import", "x.pth", "out", "--heads", 2, "--tokenizer", source, "--checkpoint", "--image-token", "<image>")
     params: Any = load()
-    model = make_model(params, params.sft, make_encoder(params, torch.device("cpu")), "float32", Path("out"))
+    model = make_model(params, params.sft, load_encoder(params.vision, device=torch.device("cpu"), batch=1), "float32", Path("out"))
     assert model.hidden_size == HIDDEN
 
 

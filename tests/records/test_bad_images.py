@@ -18,8 +18,9 @@ from PIL import Image
 from projects import Project
 
 from pipeline.core.errors import PipelineError
+from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.extraction import Processes, extract
 from pipeline.features.store.store import FeatureStore
 from pipeline.records import images as images_module
 from pipeline.records.formats import Digests, GoodImages, readable
@@ -183,7 +184,7 @@ def test_two_processes_leave_the_same_holes(broken: ImageRoot, encoders: dict[st
     def part(rank: int, ranks: int, name: str) -> tuple[list[bool], list[str]]:
         done = extract(
             files, hashes, encoders["clip"], stores=[tmp_path / f"store {name}"], out=tmp_path / name, shard_rows=2, workers=0,
-            skip=True, rank=rank, ranks=ranks, wait=barrier.wait if ranks > 1 else lambda: None,
+            skip=True, processes=Processes(rank, ranks, barrier.wait) if ranks > 1 else Processes(),
         )  # fmt: skip
         return done.good.tolist(), [error.line() for error in done.bad]
 

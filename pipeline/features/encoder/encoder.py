@@ -27,8 +27,22 @@ from pipeline.features.store.row_format import (
     constants_digest,
     measure_constants,
 )
+from pipeline.params import Vision
 
 FEATURES = 3  # part of every fingerprint: raise it when this file computes other numbers
+
+
+def load_encoder(vision: Vision, *, device: torch.device, batch: int) -> "Encoder":
+    """The frozen encoder that the section `vision` of params.yaml names."""
+    return Encoder(
+        vision.model,
+        revision=vision.revision,
+        layer=vision.layer,
+        precision=vision.precision,
+        storage=vision.storage,
+        device=device,
+        batch=batch,
+    )
 
 
 class Encoder(nn.Module):

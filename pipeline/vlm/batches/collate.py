@@ -1,6 +1,7 @@
 """Rows of a token table -> the tensors of one batch: padded to one width, or end to end in one row on GPUs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,6 +31,71 @@ def collate(
     """
     units = list(rows[:, None]) if isinstance(rows, np.ndarray) else rows
     sharing = sharing or no_sharing(table.lengths)
+    _check_patches(table, tokens)
+    lengths = np.array([sharing.unit_length(unit) for unit in units])
+    at_row, at, shape = _places(lengths, pack)
+    sheet, firsts = _Sheet.empty(shape, len(units)), list[Row]()
+    for number, unit in enumerate(units):
+        found = [table.row(int(row)) for row in unit]
+        sheet.write(number, found, int(sharing.prefix[unit[0]]), int(at_row[number]), int(at[number]))
+        firsts.append(found[0])
+    unit_of = np.repeat(np.arange(len(firsts)), [len(row.image_start) for row in firsts])  # [S]
+    in_unit = np.concatenate([row.image_start for row in firsts]).astype(np.int64)
+    slot_row, slot_start = at_row[unit_of], at[unit_of] + in_unit
+    of_row = np.array([unit[0] for unit in units])[unit_of]
+    _check_runs(table, of_row, lengths[unit_of], in_unit, sheet.ids, slot_row, slot_start, image_id)
+    keep = np.zeros_like(sheet.target)
+    keep[:, :-1] = sheet.target[:, 1:]
+    laid = pack > 0 or any(len(unit) > 1 for unit in units)
+    return Batch(
+        ids=torch.from_numpy(sheet.ids),
+        real=torch.from_numpy(sheet.real),
+        keep=torch.from_numpy(keep),
+        kept=torch.from_numpy(np.flatnonzero(keep)),
+        labels=torch.from_numpy(sheet.ids[sheet.target]),
+        slots=np.concatenate([np.arange(row.slots.start, row.slots.stop) for row in firsts]).astype(np.int64),
+        slot_row=torch.from_numpy(slot_row),
+        slot_start=torch.from_numpy(slot_start),
+        tokens=int(lengths.sum()),
+        branch=torch.from_numpy(sheet.branch) if laid else None,
+        position=torch.from_numpy(sheet.position) if laid else None,
+        document=torch.from_numpy(sheet.document) if pack else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sheet:
+    """What units are written to, [B, T] each: ids, which of them are supervised, which are no padding, and where they belong."""
+
+    ids: np.ndarray
+    target: np.ndarray
+    real: np.ndarray
+    branch: np.ndarray
+    position: np.ndarray
+    document: np.ndarray
+
+    @staticmethod
+    def empty(shape: tuple[int, int], units: int) -> "_Sheet":
+        """All padding, each token of which is a document of its own."""
+        document = np.arange(units, units + shape[1], dtype=np.int32)[None].repeat(shape[0], 0)
+        ids, target, real = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
+        return _Sheet(ids, target, real, np.full(shape, -1, np.int16), np.zeros(shape, np.int64), document)
+
+    def write(self, number: int, rows: list[Row], prefix: int, line: int, begin: int) -> None:
+        """Unit `number`: rows behind each other from column `begin` on, their common prefix of so many tokens once."""
+        start = begin
+        for row in rows:
+            skip = prefix if start > begin else 0
+            self.ids[line, start : start + len(row.ids) - skip] = row.ids[skip:]
+            for first, end in row.spans:
+                self.target[line, start - skip + first : start - skip + end] = True
+            start += len(row.ids) - skip
+        here = line, slice(begin, start)
+        self.branch[here], self.position[here] = branch_layout([len(row.ids) for row in rows], prefix)
+        self.real[here], self.document[here] = True, number
+
+
+def _check_patches(table: TokenTable, tokens: int) -> None:
     if table.spec["tokens"] != tokens:
         raise PipelineError(
             f"rows hold {table.spec['tokens']} placeholders an image, features have {tokens} patches",
@@ -37,47 +103,6 @@ def collate(
             remedy="dvc repro tokenize",
             code=ARTEFACT,
         )
-    lengths = np.array([sharing.unit_length(unit) for unit in units])
-    at_row, at, shape = _places(lengths, pack)
-    ids, target, real = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
-    branch, position = np.full(shape, -1, np.int16), np.zeros(shape, np.int64)
-    document = np.arange(len(units), len(units) + shape[1], dtype=np.int32)[None].repeat(len(ids), 0)
-    firsts: list[Row] = []
-    for i, unit in enumerate(units):
-        prefix, line, begin = int(sharing.prefix[unit[0]]), at_row[i], int(at[i])
-        found, start = [table.row(int(number)) for number in unit], begin
-        for row in found:
-            skip = prefix if start > begin else 0
-            ids[line, start : start + len(row.ids) - skip] = row.ids[skip:]
-            for first, end in row.spans:
-                target[line, start - skip + first : start - skip + end] = True
-            start += len(row.ids) - skip
-        branch[line, begin:start], position[line, begin:start] = branch_layout([len(row.ids) for row in found], prefix)
-        real[line, begin:start], document[line, begin:start] = True, i
-        firsts.append(found[0])
-    unit_of = np.repeat(np.arange(len(firsts)), [len(row.image_start) for row in firsts])  # [S]
-    in_unit = np.concatenate([row.image_start for row in firsts]).astype(np.int64)
-    slots = np.concatenate([np.arange(row.slots.start, row.slots.stop) for row in firsts]).astype(np.int64)
-    slot_row, slot_start = at_row[unit_of], at[unit_of] + in_unit
-    of_row = np.array([unit[0] for unit in units])[unit_of]
-    _check_runs(table, of_row, lengths[unit_of], in_unit, ids, slot_row, slot_start, image_id)
-    keep = np.zeros_like(target)
-    keep[:, :-1] = target[:, 1:]
-    laid = pack > 0 or any(len(unit) > 1 for unit in units)
-    return Batch(
-        ids=torch.from_numpy(ids),
-        real=torch.from_numpy(real),
-        keep=torch.from_numpy(keep),
-        kept=torch.from_numpy(np.flatnonzero(keep)),
-        labels=torch.from_numpy(ids[target]),
-        slots=slots,
-        slot_row=torch.from_numpy(slot_row),
-        slot_start=torch.from_numpy(slot_start),
-        tokens=int(lengths.sum()),
-        branch=torch.from_numpy(branch) if laid else None,
-        position=torch.from_numpy(position) if laid else None,
-        document=torch.from_numpy(document) if pack else None,
-    )
 
 
 def _places(lengths: np.ndarray, pack: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:

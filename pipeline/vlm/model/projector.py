@@ -1,19 +1,35 @@
-"""The projector: patch features of the vision encoder -> token embeddings of the language model."""
+"""The projector: patch features of the vision encoder -> token embeddings of the language model.
+
+Sizes: width is Dv, the encoder's; hidden is D, the language model's.
+"""
+
+from collections.abc import Callable
 
 from torch import nn
 
 
-def build_projector(kind: str, width: int, hidden: int) -> nn.Sequential:
-    """Patch features [.., Dv] -> token embeddings [.., D].
+def _linear(width: int, hidden: int) -> nn.Sequential:
+    """MiniMind-V, December 2025."""
+    return nn.Sequential(nn.Linear(width, hidden))
 
-    linear: MiniMind-V (Dec 2025). mlp: LLaVA-1.5 (arXiv 2310.03744) with the tanh form of GELU, which Transformers, vLLM
-    and llama.cpp share. norm_mlp: MiniMind-V (2026), a LayerNorm first, exact GELU.
-    """
-    if kind == "linear":
-        return nn.Sequential(nn.Linear(width, hidden))
+
+def _mlp(width: int, hidden: int) -> nn.Sequential:
+    """LLaVA-1.5 (arXiv 2310.03744), with the tanh form of GELU, which Transformers, vLLM and llama.cpp share."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, hidden))
+
+
+def _norm_mlp(width: int, hidden: int) -> nn.Sequential:
+    """MiniMind-V, 2026: a LayerNorm first, and exact GELU."""
     first, second = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
-    if kind == "mlp":
-        return nn.Sequential(first, nn.GELU(approximate="tanh"), second)
-    if kind == "norm_mlp":
-        return nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), second)
-    raise ValueError(f"unknown projector kind {kind!r}")
+    return nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), second)
+
+
+# What `projector.kind` may be (see also `pipeline.params.schema`). An export refuses a kind that its format has no place for.
+PROJECTORS: dict[str, Callable[[int, int], nn.Sequential]] = {"linear": _linear, "mlp": _mlp, "norm_mlp": _norm_mlp}
+
+
+def build_projector(kind: str, width: int, hidden: int) -> nn.Sequential:
+    """Patch features [.., Dv] -> token embeddings [.., D]; raises ValueError for a kind that there is not."""
+    if kind not in PROJECTORS:
+        raise ValueError(f"unknown projector kind {kind!r}")
+    return PROJECTORS[kind](width, hidden)

@@ -8,13 +8,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from pipeline.core.devices import pick_device, pick_precision, use_fast_float32
-from pipeline.features import Encoder
+from pipeline.features import Encoder, load_encoder
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.text import PromptBuilder, TokenTable
 from pipeline.vlm.batches import LONGEST, Examples, Schedule, Sharing
 from pipeline.vlm.model import VisionLanguageModel, cast_frozen, choose_attention, freeze
 from pipeline.vlm.training.loop import MIXED
-from pipeline.vlm.training.parts import check_start, choose_sharing, make_builder, make_encoder, make_model, open_sources
+from pipeline.vlm.training.parts import check_start, choose_sharing, make_builder, make_model, open_sources
 
 TOKENS = Path("data/tokens")
 
@@ -65,7 +65,7 @@ def assemble(params: StageParams, training: Training, *, dataset: Dataset, name:
     """Everything that training on `dataset` needs; raises `PipelineError` for parts that do not fit each other."""
     accelerator, precision = _accelerate(params, training)
     device = accelerator.device  # one a process
-    encoder = make_encoder(params, device)
+    encoder = load_encoder(params.vision, device=device, batch=params.runtime.extract_batch)
     table, heldout = TokenTable(TOKENS / f"{name}.arrow"), TokenTable(TOKENS / "heldout.arrow", limit=params.evaluate.limit)
     builder = make_builder(params, encoder, table, heldout)
     if start is not None:

@@ -24,20 +24,6 @@ from pipeline.vlm.model import (
 FEATURES = Path("data/features")
 
 
-def make_encoder(params: StageParams, device: torch.device) -> Encoder:
-    """The frozen encoder of `vision`."""
-    vision, runtime = params.vision, params.runtime
-    return Encoder(
-        vision.model,
-        revision=vision.revision,
-        layer=vision.layer,
-        precision=vision.precision,
-        storage=vision.storage,
-        device=device,
-        batch=runtime.extract_batch,
-    )
-
-
 def make_builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> PromptBuilder:
     """The builder of `llm`; raises `PipelineError` for a table that another one made."""
     llm = params.llm

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from test_loop import SCHEDULE
 
 from pipeline.core.files import write_json
+from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.extraction import distinct_images, extract
+from pipeline.features.extraction import Processes, extract
 from pipeline.features.sources import StoredFeatures
 from pipeline.features.store.store import FeatureStore
 from pipeline.records.images import ImageRoot
@@ -121,12 +122,12 @@ class Counting(Encoder):
         return super().encode_rows(pixels, names)
 
 
-def encode(images: ImageRoot, clip: Path, out: Path, shard_rows: int, **processes: Any) -> list[str]:
+def encode(images: ImageRoot, clip: Path, out: Path, shard_rows: int, processes: Processes) -> list[str]:
     """Extract to `out`; returns the pictures that this process has encoded."""
     encoder = Counting(str(clip), precision="float32", device=CPU, batch=4)
     files, hashes = distinct_images([(images, [f"{number}.png" for number in range(6)])])
     options: dict[str, Any] = {"stores": [out / "store"], "out": out / "features", "shard_rows": shard_rows, "workers": 0}
-    extract(files, hashes, encoder, **options, **processes)
+    extract(files, hashes, encoder, **options, processes=processes)
     return encoder.__dict__.get("seen", [])
 
 
@@ -146,8 +147,8 @@ def main(folder: Path) -> None:
         write_json(out / "rest.json", [outcome.history, outcome.heldout, outcome.answers])
     for name, rows in SHARDS.items():
         (folder / name).mkdir(exist_ok=True)
-        processes = {"rank": rank, "ranks": ranks, "wait": accelerator.wait_for_everyone}
-        write_json(folder / name / f"seen.{rank}.json", encode(world.images, paths["clip"], folder / name, rows, **processes))
+        processes = Processes(rank, ranks, accelerator.wait_for_everyone)
+        write_json(folder / name / f"seen.{rank}.json", encode(world.images, paths["clip"], folder / name, rows, processes))
     accelerator.end_training()
 
 
@@ -214,7 +215,7 @@ def test_the_cases_hold_what_is_hard_to_divide(world: World, shared: bool) -> No
 def test_two_processes_write_the_shards_of_one_and_encode_every_picture_once(
     world: World, vision_folders: dict[str, Path], together: Path, tmp_path: Path, name: str
 ) -> None:
-    encode(world.images, vision_folders["clip"], tmp_path, SHARDS[name])
+    encode(world.images, vision_folders["clip"], tmp_path, SHARDS[name], Processes())
     assert contents(together / name / "features") == contents(tmp_path / "features")
     parts = [json.loads((together / name / f"seen.{rank}.json").read_text()) for rank in range(RANKS)]
     assert len(parts[0]) + len(parts[1]) == len({*parts[0], *parts[1]}) == 6
@@ -233,7 +234,7 @@ def test_processes_divide_one_list_of_shards_though_one_of_them_comes_late(
 
     def part(rank: int) -> list[str]:
         try:
-            return encode(world.images, vision_folders["clip"], tmp_path, 1, rank=rank, ranks=RANKS, wait=wait)
+            return encode(world.images, vision_folders["clip"], tmp_path, 1, Processes(rank, RANKS, wait))
         except BaseException:
             barrier.abort()
             raise

@@ -1,0 +1,72 @@
+"""Which shards a set of images makes, and which of them, and of their rows, the stores already hold."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.core import fingerprint
+from pipeline.features.decoding import DecodedImages
+from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.store.shards import Shard, shard_name
+from pipeline.features.store.store import ShardSet
+from pipeline.records import ImageError
+
+
+@dataclass(frozen=True, slots=True)
+class NewShard:
+    """A shard that no store holds: its hashes [n, 32], the known row of each image or -1 [n], the numbers of fresh images."""
+
+    path: Path
+    hashes: np.ndarray
+    stored: np.ndarray
+    fresh: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """The output's shards in order, those of them that are `todo`, and all rows that the stores know."""
+
+    paths: list[Path]
+    todo: list[NewShard]
+    known: ShardSet
+
+    @property
+    def encode(self) -> int:
+        """Images that no store knows."""
+        return sum(len(shard.fresh) for shard in self.todo)
+
+
+def plan_shards(
+    images: DecodedImages, hashes: np.ndarray, encoder: Encoder, folders: list[Path], shard_rows: int, *, skip: bool
+) -> ShardPlan:
+    """Which shards the images make, and which of these and of their rows the stores in `folders` hold."""
+    parts = [slice(start, start + shard_rows) for start in range(0, len(hashes), shard_rows)]
+    names = [shard_name(fingerprint(encoder.spec()), hashes[part]) for part in parts]
+    found = [
+        next((path for folder in folders if (path := folder / name).exists() and _holds(path, part, images, skip=skip)), None)
+        for name, part in zip(names, parts, strict=True)
+    ]
+    missing = [(name, part) for name, part, path in zip(names, parts, found, strict=True) if path is None]
+    known = ShardSet([Shard(path) for folder in folders if missing for path in sorted(folder.glob("*.h5"))], encoder.rows)
+    todo = []
+    for name, part in missing:
+        stored = known.find(hashes[part])
+        todo.append(NewShard(folders[0] / name, hashes[part], stored, part.start + np.flatnonzero(stored < 0)))
+    return ShardPlan([path or folders[0] / name for path, name in zip(found, names, strict=True)], todo, known)
+
+
+def has_image(path: Path) -> np.ndarray:
+    """For each row of a shard whether an image is in it: bool [rows]."""
+    return Shard(path).hashes.any(1)
+
+
+def _holds(path: Path, part: slice, images: DecodedImages, *, skip: bool) -> bool:
+    """Whether a stored shard can be taken: every image is in it that can be decoded, and bad ones may be left out."""
+    for row in np.flatnonzero(~has_image(path)).tolist():
+        error = images.error(part.start + row)
+        if error is not None and not skip:
+            raise error
+        if not isinstance(error, ImageError):  # it can be decoded now
+            return False
+    return True
