@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, CLIPVisionModel
 
 from benchmarks.naive import RECIPES, NaiveModel, Recipe, Rows, make_loader, masked_loss, train_naive
 from benchmarks.world import IMAGE_TOKEN, World
-from pipeline.core.devices import keep_freed_memory, peak_memory_gb, use_fast_float32
+from pipeline.core.devices import peak_memory_gb, use_fast_float32
 from pipeline.core.errors import exit_on_error
 from pipeline.core.quiet import quiet_libraries
 from pipeline.features.distinct import distinct_images
@@ -124,7 +124,6 @@ def _image_id(world: World, turn: Turn, tokens: int) -> int:
 def ours(world: World, turn: Turn) -> Result:
     """Our engine, put together as a stage does, with a fresh source so that no picture is known beforehand."""
     use_fast_float32()
-    keep_freed_memory()
     table = TokenTable(world.tokens(turn.table), limit=turn.rows)
     schedule, accelerator = _schedule(turn), Accelerator(mixed_precision=MIXED[turn.precision], cpu=True)
     encoder = _encoder(world, turn)
@@ -226,7 +225,6 @@ def _files(world: World, count: int) -> list[Path]:
 def extract_ours(world: World, turn: Turn) -> Result:
     """The stage's work from files to shards on disk; then the encoder alone, from pixels to features."""
     use_fast_float32()
-    keep_freed_memory()
     encoder, files = Encoder(str(world.clip), precision=turn.precision, device=CPU, batch=EXTRACT_BATCH), _files(world, turn.rows)
     names = [file.name for file in files[:EXTRACT_BATCH]]
     pixels = torch.from_numpy(np.stack([encoder.preprocess(file.read_bytes(), where=file.name) for file in files[:EXTRACT_BATCH]]))

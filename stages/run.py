@@ -27,9 +27,8 @@ def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
             require_devices(params.runtime.processes, params.runtime.device)
             launch(f"stages.{name}", params.runtime.processes)
         from pipeline.core import write_json
-        from pipeline.core.devices import keep_freed_memory, peak_memory_gb, pick_device
+        from pipeline.core.devices import peak_memory_gb, pick_device
 
-        keep_freed_memory()
         began = time.perf_counter()
         figures = work(params)
         if int(os.environ.get("RANK", "0")):

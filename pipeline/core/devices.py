@@ -1,6 +1,5 @@
 """Which device and number format to compute in: read from the hardware, never from a name."""
 
-import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -55,18 +54,6 @@ def peak_memory_gb(device: torch.device) -> float:
         return int(held.split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def keep_freed_memory() -> None:
-    """Let a step's freed tensors be the next step's memory instead of going back to the system, where glibc is used.
-
-    Large tensors would otherwise be new pages each time, which the system clears first: a quarter of the encoder's time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
 
 
 def use_fast_float32() -> None:

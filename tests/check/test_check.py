@@ -6,90 +6,21 @@ import json
 import random
 import runpy
 import sys
-import tracemalloc
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from click.testing import Result
+from checked import ROOT, Png, Project, flat, project, require_one_line  # noqa: F401
 from conftest import PATCHES, ROWS, WIDTH, read_records, row
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from pipeline.check.command import app
-from pipeline.check.counting import HIGHEST, Keys, Spread
-from pipeline.check.survey import Settings, Subject, survey
-from pipeline.params.reading import load
-from pipeline.records.formats import Source, SourceSpec
 from pipeline.records.images import ImageRoot
 from pipeline.text.builder import PromptBuilder
 from pipeline.text.tokenization import Summary, Tokenizer, tokenize
-
-ROOT = Path(__file__).parents[2]
-Png = Callable[[int], bytes]
-
-
-@dataclass
-class Project:
-    """A folder with a params.yaml of tiny models and three data sets of the same rows over other pictures."""
-
-    folder: Path
-
-    def set(self, **changes: Any) -> None:
-        path = self.folder / "params.yaml"
-        content = YAML(typ="safe").load(path)
-        for key, value in changes.items():
-            section, _, name = key.partition("__")
-            content[section][name] = value
-        YAML().dump(content, path)
-
-    def write(self, name: str, *rows: Any) -> Path:
-        path = self.folder / f"{name}.jsonl"
-        path.write_bytes(b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in rows))
-        return path
-
-    def run(self, *arguments: object) -> Result:
-        return CliRunner().invoke(app, [*map(str, arguments)])
-
-
-@pytest.fixture
-def project(
-    tmp_path: Path, llm_folder: Path, vision_folders: dict[str, Path], png: Png, monkeypatch: pytest.MonkeyPatch
-) -> Project:
-    (tmp_path / "images").mkdir()
-    for number in range(6):
-        (tmp_path / "images" / f"{number}.png").write_bytes(png(number))
-    content = YAML(typ="safe").load(ROOT / "params.yaml")
-    content["vision"]["model"], content["llm"]["model"] = str(vision_folders["clip"]), str(llm_folder)
-    for name in ("pretrain", "sft", "heldout"):
-        content["data"][name] |= {"records": str(tmp_path / f"{name}.jsonl"), "images": str(tmp_path / "images")}
-    YAML().dump(content, tmp_path / "params.yaml")
-    made = Project(tmp_path)
-    made.write("rows", *ROWS)
-    monkeypatch.chdir(tmp_path)
-    return made
-
-
-def flat(text: str) -> str:
-    """Output as one line of single spaces: where a line of a table is broken does not matter."""
-    return " ".join(text.split())
-
-
-def require_one_line(run: Result, code: int) -> str:
-    assert run.exit_code == code, run.output
-    assert "Traceback" not in run.output
-    (line,) = [line for line in run.stderr.splitlines() if line.strip()]
-    assert line.startswith("error: ")
-    return line
-
 
 # What it counts.
 
@@ -350,140 +281,6 @@ def test_it_runs_as_a_module(project: Project, monkeypatch: pytest.MonkeyPatch, 
         runpy.run_module("pipeline.check", run_name="__main__")
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {project.folder}/nothing: no such file")
-
-
-# The page.
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, and the text of those of a class."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self._kind = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._kind = dict(attrs).get("class") or ""
-
-    def handle_endtag(self, tag: str) -> None:  # noqa: ARG002
-        self._kind = ""
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append((self._kind, data))
-
-
-def test_the_page_needs_nothing_else_and_data_cannot_become_markup(project: Project, png: Png) -> None:
-    attack = "</span></pre><script>alert(1)</script><img src=x onerror=alert(1)>"
-    (project.folder / "images" / "<b>'\"&.png").write_bytes(png(7))
-    project.write(
-        "<i>rows",
-        row(f"<image>{attack}", attack, "<b>'\"&.png"),
-        row("<image>x", "y", f"{attack}.png".replace("/", "")),
-        {"messages": [{"role": attack, "content": "x"}]},
-    )
-    assert project.run("<i>rows.jsonl", "--images", "images", "--html", "page.html").exit_code == 3
-    text = (project.folder / "page.html").read_text()
-    page = Page(text)
-    tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "b", "i", "link", "iframe", "object"}
-    assert "&lt;script&gt;alert(1)" in text
-    for tag, attributes in page.tags:
-        assert not [name for name in attributes if name.startswith("on")]
-        assert all((attributes.get(name) or "data:").startswith("data:") for name in ("src", "href")), tag
-    assert "default-src 'none'" in next(a["content"] or "" for t, a in page.tags if t == "meta" and "http-equiv" in a)
-    assert "http" not in text.replace("http-equiv", "")
-    assert text.count("<img ") == 1
-
-
-def test_the_page_draws_rows_as_the_model_sees_them(project: Project) -> None:
-    run = project.run("rows.jsonl", "--images", "images", "--html", "page.html")
-    assert run.exit_code == 0, run.output
-    page = Page((project.folder / "page.html").read_text())
-    answers = {text for kind, text in page.texts if kind == "text answer"}
-    assert answers >= {"It is a red circle.", "A square.", "Blue.", "Yes."}
-    assert not any("What" in text for text in answers)
-    assert {text for kind, text in page.texts if kind == "image"} == {f"[{PATCHES} image tokens]"} | {"a picture's tokens"}
-    assert "<|im_end|>" in {text for kind, text in page.texts if kind == "control answer"}
-    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == sum(len(content["images"]) for content in ROWS)  # type: ignore[arg-type]
-    data = base64.b64decode((pictures[0]["src"] or "").removeprefix("data:image/jpeg;base64,"))
-    assert Image.open(io.BytesIO(data)).size == (40, 32)
-    assert [tag for tag, _ in page.tags].count("svg") == 1
-
-
-def test_a_long_row_and_many_pictures_are_drawn_in_part_and_say_so(project: Project) -> None:
-    project.write("rows", row("<image>" * 9 + "A square. " * 800, "y", *["0.png"] * 9))
-    project.set(tokenize__max_tokens=20_000)
-    assert project.run("rows.jsonl", "--images", "images", "--html", "page.html").exit_code == 0
-    text = (project.folder / "page.html").read_text()
-    assert text.count("<img ") == 6
-    assert "3 more pictures, the first 4,000 letters" in text
-    assert len(text) < 40_000
-
-
-# What it costs.
-
-
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """Every row has a picture of its own, within the row, so names and contents are as many as rows."""
-    file = io.BytesIO()
-    Image.new("RGB", (9, 9)).save(file, "BMP")
-    settings = Settings(None, load(ROOT / "params.yaml").tokenize, whole=False, examples=4)
-    peaks = {}
-    for rows in (1000, 1000, 4000):  # the first warms up
-        path = tmp_path / f"{rows}.jsonl"
-        with path.open("w") as out:
-            for number in range(rows):
-                picture = base64.b64encode(file.getvalue() + number.to_bytes(4, "big")).decode()
-                out.write(json.dumps(row(f"<image>{number}", "y" * 200, f"data:image/bmp;base64,{picture}")) + "\n")
-        source = Source(SourceSpec(str(path)))
-        tracemalloc.start()
-        report = survey(Subject("x", str(path), "", source), settings, lambda _: None)
-        peaks[rows] = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert (report.good, report.pictures.distinct, len(report.pictures.contents)) == (rows, rows, rows)
-    assert peaks[4000] - peaks[1000] < 3000 * 100, peaks  # bytes: two digests of 8, doubled while they are sorted
-
-
-@given(st.lists(st.lists(st.integers(0, 40) | st.integers(0, 2**64 - 1), max_size=30), max_size=20))
-def test_keys_are_a_set(batches: list[list[int]]) -> None:
-    keys, plain = Keys(), set[int]()
-    for batch in batches:
-        array = np.array(batch, np.uint64)
-        assert keys.has(array).tolist() == [key in plain for key in batch]
-        assert keys.add(array) == len(set(batch) - plain)
-        plain |= set(batch)
-        assert len(keys) == len(plain)
-    assert keys.sorted().tolist() == sorted(plain)
-
-
-@given(st.lists(st.integers(0, 3000), min_size=1, max_size=80), st.integers(1, 99), st.integers(0, 3000))
-def test_a_spread_knows_quantiles_and_every_number_is_in_one_bin(values: list[int], percent: int, limit: int) -> None:
-    spread = Spread()
-    spread.add(values[: len(values) // 2])
-    spread.add(values[len(values) // 2 :])
-    ordered = sorted(values)
-    found = spread.quantile(percent / 100)
-    assert sum(value <= found for value in values) >= percent / 100 * len(values) - 1e-9
-    assert sum(value < found for value in values) <= percent / 100 * len(values)
-    assert (spread.smallest, spread.largest, spread.sum) == (ordered[0], ordered[-1], sum(values))
-    assert spread.above(limit) == sum(value > limit for value in values)
-    bins = list(spread.bins())
-    assert len(bins) <= 14
-    assert sum(count for _, _, count in bins) == len(values)
-    for first, last, count in bins:
-        assert count == sum(first <= value <= last for value in values)
-
-
-def test_a_spread_takes_numbers_of_any_size() -> None:
-    spread = Spread()
-    spread.add([3, HIGHEST + 5, 10**12])
-    assert (spread.largest, spread.above(10), spread.quantile(1.0)) == (10**12, 2, 10**12)
-    assert sum(count for _, _, count in spread.bins()) == 3
 
 
 # The data sets that come with the project.

@@ -4,12 +4,29 @@ import glob
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.core import PipelineError, brief
-from pipeline.records.formats.table import delimiter_of
+from pipeline.records.formats.array import JsonArray
+from pipeline.records.formats.columnar import Arrow, Parquet
+from pipeline.records.formats.folder import Folder
+from pipeline.records.formats.lines import JsonLines
+from pipeline.records.formats.row import Reader
+from pipeline.records.formats.table import Table, delimiter_of
+from pipeline.records.formats.tars import Tar
 
-FORMATS = ("jsonl", "json", "csv", "parquet", "arrow", "webdataset", "folder", "hub")
+# The reader of each format, made from a file and the columns that are wanted (see also `pipeline.params.schema`)
+READERS: dict[str, Callable[[str, frozenset[str]], Reader]] = {
+    "jsonl": lambda file, _: JsonLines(file),
+    "json": lambda file, _: JsonArray(file),
+    "csv": lambda file, _: Table(file),
+    "parquet": Parquet,
+    "arrow": Arrow,
+    "webdataset": lambda file, _: Tar(file),
+    "folder": lambda file, _: Folder(file),
+}
+FORMATS = (*READERS, "hub")  # whose files are Arrow's
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # an ImageFolder of `datasets`
 _HEAD = 1 << 20
 _REMEDY = "give JSON lines, a JSON array, CSV, TSV, Parquet, Arrow, a WebDataset tar or a folder of pictures"

@@ -9,17 +9,11 @@ from functools import partial
 from typing import Any
 
 from pipeline.core import PipelineError, brief
-from pipeline.records.formats.array import JsonArray
-from pipeline.records.formats.columnar import Arrow, Parquet
 from pipeline.records.formats.conversation import USUAL, Columns, Reading, build
-from pipeline.records.formats.detect import FORMATS, detect, expand, metadata_of, saved_files
-from pipeline.records.formats.folder import Folder
+from pipeline.records.formats.detect import FORMATS, READERS, detect, expand, metadata_of, saved_files
 from pipeline.records.formats.hub import fetch
-from pipeline.records.formats.lines import JsonLines
 from pipeline.records.formats.pictures import Pictures, name_of
 from pipeline.records.formats.row import BadRow, Reader, Row
-from pipeline.records.formats.table import Table
-from pipeline.records.formats.tars import Tar
 from pipeline.records.images import ImageError
 from pipeline.records.record import Record
 
@@ -54,23 +48,8 @@ class SourceSpec:
     name: str = ""
 
 
-def open_reader(formats: dict[str, str], wanted: frozenset[str], file: str) -> Reader:
-    """The reader of one file whose format is known."""
-    match formats[file]:
-        case "parquet":
-            return Parquet(file, wanted)
-        case "arrow":
-            return Arrow(file, wanted)
-        case "json":
-            return JsonArray(file)
-        case "csv":
-            return Table(file)
-        case "webdataset":
-            return Tar(file)
-        case "folder":
-            return Folder(file)
-        case _:
-            return JsonLines(file)
+def _open(formats: dict[str, str], wanted: frozenset[str], file: str) -> Reader:
+    return READERS[formats[file]](file, wanted)
 
 
 def _pictures_of(reading: Reading, content: dict[str, Any]) -> list[Any]:
@@ -85,7 +64,7 @@ class Source:
         self._reading = Reading(spec.columns, spec.prompt, spec.unplaced)
         self.formats = _formats(spec)
         self._files = frozenset(self.formats)
-        opened = partial(open_reader, self.formats, spec.columns.wanted())
+        opened = partial(_open, self.formats, spec.columns.wanted())
         self._readers = [opened(file) for file in self.formats]
         for reader in self._readers:
             try:

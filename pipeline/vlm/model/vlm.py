@@ -16,7 +16,7 @@ from pipeline.vlm.batches import Batch
 from pipeline.vlm.model.attention import branch_mask
 from pipeline.vlm.model.cross_entropy import chunked_cross_entropy, too_large
 from pipeline.vlm.model.language_model import hidden_size
-from pipeline.vlm.model.last_layer import last_layer_only_at
+from pipeline.vlm.model.last_layer import last_block_only_at
 from pipeline.vlm.model.packed_attention import block_mask
 from pipeline.vlm.model.splice import splice
 
@@ -56,7 +56,7 @@ class VisionLanguageModel(nn.Module):
             mask: Any = self._mask(branch) if document is None else block_mask(document, branch)
             extra = {"attention_mask": mask, "position_ids": batch.position}
         extra |= {"inputs_embeds": self.embed(batch.ids, features, batch.slot_row, batch.slot_start), "use_cache": False}
-        with nullcontext() if self.router_trains else last_layer_only_at(batch.kept, self.language_model):
+        with nullcontext() if self.router_trains else last_block_only_at(batch.kept, self.language_model):
             return self._loss(batch, extra)
 
     def _loss(self, batch: Batch, extra: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from pipeline.vlm.batches import Batch, BatchLoader, Examples, Execution, MicroBatch, Schedule, row_budget
 from pipeline.vlm.evaluation import Heldout
-from pipeline.vlm.model import VisionLanguageModel, compiled_layers, full_tensor, lean_norms, reshard, shard_model, sync_gradients
+from pipeline.vlm.model import VisionLanguageModel, compiled_layers, full_tensor, reshard, shard_model, sync_gradients
 from pipeline.vlm.training.callbacks import Callbacks
 from pipeline.vlm.training.optimizer import make_optimizer, make_scheduler, require_finite
 from pipeline.vlm.training.progress import Progress
@@ -67,7 +67,6 @@ def _ended(steps: "_Steps", progress: Progress, *, compiled: bool) -> Iterator[N
             done.callback(steps.checkpointer.release)
         done.callback(steps.unwrap)
         done.enter_context(compiled_layers(steps.model, compiled))
-        done.enter_context(lean_norms(steps.model.language_model, steps.accelerator.device.type == "cpu"))
         yield
 
 

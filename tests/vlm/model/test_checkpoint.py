@@ -18,7 +18,7 @@ from pipeline.text.builder import PromptBuilder
 from pipeline.vlm.batches.collate import collate
 from pipeline.vlm.model import checkpoint
 from pipeline.vlm.model.checkpoint import Manifest
-from pipeline.vlm.model.projector import build_projector
+from pipeline.vlm.model.projector import PROJECTORS, build_projector
 from pipeline.vlm.model.vlm import VisionLanguageModel
 
 
@@ -47,7 +47,7 @@ def logits(world: World, model: VisionLanguageModel) -> torch.Tensor:
     return model.language_model(inputs_embeds=embeddings).logits.detach()
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp", "norm_mlp"])
+@pytest.mark.parametrize("kind", PROJECTORS)
 @pytest.mark.parametrize("own_llm", [False, True])
 def test_a_loaded_model_gives_the_same_logits(world: World, tmp_path: Path, kind: str, own_llm: bool) -> None:
     model = world.model("all", kind=kind)
@@ -163,8 +163,8 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path: Path, good: Pa
     assert len(caught.value.line().splitlines()) == 1
 
 
-@pytest.mark.parametrize("saved", ["linear", "mlp", "norm_mlp"])
-@pytest.mark.parametrize("wanted", ["linear", "mlp", "norm_mlp"])
+@pytest.mark.parametrize("saved", PROJECTORS)
+@pytest.mark.parametrize("wanted", PROJECTORS)
 def test_a_projector_of_another_kind_is_refused(world: World, tmp_path: Path, saved: str, wanted: str) -> None:
     checkpoint.save(tmp_path / "m", world.model(kind=saved), manifest_of(world, own_llm=False, kind=saved), world.builder)
     projector = build_projector(wanted, WIDTH, HIDDEN)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pipeline.features.sources import StoredFeatures
 from pipeline.vlm.batches.collate import collate
 from pipeline.vlm.model.compiling import compiled_layers
-from pipeline.vlm.model.last_layer import MULTIPLE, last_layer_only_at
+from pipeline.vlm.model.last_layer import MULTIPLE, last_block_only_at
 from pipeline.vlm.model.vlm import VisionLanguageModel
 
 
@@ -30,7 +30,7 @@ def test_loss_and_gradients_are_those_of_full_logits(world: World, moe_folder: P
     logits = models[1].language_model(inputs_embeds=embedded, use_cache=False).logits  # [B, T, V]
     whole = F.cross_entropy(logits[batch.keep].float(), batch.labels, reduction="sum")
     wanted = -(-len(batch.labels) // MULTIPLE) * MULTIPLE
-    assert seen == [wanted] * 3, "the last layer was asked for other positions too"
+    assert seen == [wanted], "the block was asked for other positions too"
     assert wanted < batch.ids.numel()
     assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
     loss.backward()
@@ -42,11 +42,10 @@ def test_loss_and_gradients_are_those_of_full_logits(world: World, moe_folder: P
 
 
 def positions_seen(model: VisionLanguageModel) -> list[int]:
-    """How many positions the last layer's query, output projection and feed-forward block are asked for, a number a call."""
+    """How many positions the last layer's feed-forward block is asked for, a number a call."""
     seen: list[int] = []
-    layer = model.language_model.get_decoder().layers[-1]
-    for block in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
-        block.forward = Counted(block.forward, seen)
+    block = model.language_model.get_decoder().layers[-1].mlp
+    block.forward = Counted(block.forward, seen)
     return seen
 
 
@@ -62,17 +61,17 @@ class Counted:
 def test_it_ends_with_the_block_and_leaves_others_alone(world: World) -> None:
     model = world.model()
     layer = model.language_model.get_decoder().layers[-1]
-    with last_layer_only_at(torch.tensor([0]), model.language_model):
+    with last_block_only_at(torch.tensor([0]), model.language_model):
         assert "forward" in layer.mlp.__dict__
-    with pytest.raises(TypeError), last_layer_only_at(torch.tensor([0]), model.language_model):
+    with pytest.raises(TypeError), last_block_only_at(torch.tensor([0]), model.language_model):
         layer.mlp(None, None)
-    assert not any("forward" in block.__dict__ for block in (layer.mlp, layer.self_attn.q_proj, layer.self_attn.o_proj))
+    assert "forward" not in layer.mlp.__dict__
     model.language_model.config.model_type = "another"
-    with last_layer_only_at(torch.tensor([0]), model.language_model):
+    with last_block_only_at(torch.tensor([0]), model.language_model):
         assert "forward" not in layer.mlp.__dict__
     model.language_model.config.model_type = "llama"
-    with compiled_layers(model, True), last_layer_only_at(torch.tensor([0]), model.language_model):
+    with compiled_layers(model, True), last_block_only_at(torch.tensor([0]), model.language_model):
         assert "forward" in layer.mlp.__dict__, "the last layer is not compiled, so that it may do less"
     layer.forward = torch.compile(layer.forward)
-    with last_layer_only_at(torch.tensor([0]), model.language_model):
+    with last_block_only_at(torch.tensor([0]), model.language_model):
         assert "forward" not in layer.mlp.__dict__

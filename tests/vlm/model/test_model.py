@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN, PATCHES, WIDTH, World
+from conftest import PATCHES, World
 from torch.nn import functional as F
 
 from pipeline.core.errors import PipelineError
@@ -13,7 +13,7 @@ from pipeline.features.sources import StoredFeatures
 from pipeline.vlm.batches.collate import collate
 from pipeline.vlm.model.freezing import freeze
 from pipeline.vlm.model.language_model import load_language_model
-from pipeline.vlm.model.projector import build_projector
+from pipeline.vlm.model.projector import PROJECTORS
 from pipeline.vlm.model.splice import splice
 from pipeline.vlm.model.vlm import VisionLanguageModel
 
@@ -83,34 +83,6 @@ def test_splice_refuses_a_run_that_leaves_its_row(row: int, start: int) -> None:
         splice(torch.zeros(B, T, D), torch.ones(1, P, D), torch.tensor([row]), torch.tensor([start]))
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp", "norm_mlp"])
-def test_a_projector_maps_every_patch_by_itself(kind: str) -> None:
-    torch.manual_seed(0)
-    projector, features = build_projector(kind, WIDTH, HIDDEN + 8), torch.randn(2, PATCHES, WIDTH)
-    projected = projector(features)
-    assert projected.shape == (2, PATCHES, HIDDEN + 8)
-    assert torch.allclose(projected[1, 3], projector(features[1, 3]), atol=1e-6)
-
-
-def test_the_kinds_of_projector_are_what_their_names_say() -> None:
-    torch.manual_seed(0)
-    features = torch.randn(5, WIDTH) * 3 + 1
-    linear, mlp, norm = (build_projector(kind, WIDTH, HIDDEN) for kind in ("linear", "mlp", "norm_mlp"))
-    assert torch.allclose(linear(features), F.linear(features, linear[0].weight, linear[0].bias))
-
-    def two_layers(x: torch.Tensor, first: torch.nn.Module, second: torch.nn.Module, gelu: str) -> torch.Tensor:
-        middle = F.gelu(F.linear(x, first.weight, first.bias), approximate=gelu)  # type: ignore[arg-type]
-        return F.linear(middle, second.weight, second.bias)  # type: ignore[arg-type]
-
-    assert torch.allclose(mlp(features), two_layers(features, mlp[0], mlp[2], "tanh"), atol=1e-6)
-    assert torch.allclose(norm(features), two_layers(F.layer_norm(features, (WIDTH,)), norm[1], norm[3], "none"), atol=1e-6)
-
-
-def test_an_unknown_kind_of_projector_is_refused() -> None:
-    with pytest.raises((ValueError, KeyError, PipelineError)):
-        build_projector("resampler", WIDTH, HIDDEN)
-
-
 def trained_parts(model: VisionLanguageModel) -> set[str]:
     """The modules that hold a parameter that trains, layers by number."""
     found = set()
@@ -161,7 +133,7 @@ def plain_loss(world: World, model: VisionLanguageModel, row: int) -> torch.Tens
     return F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp", "norm_mlp"])
+@pytest.mark.parametrize("kind", PROJECTORS)
 def test_the_loss_is_the_full_logits_cross_entropy_of_every_row_alone(world: World, kind: str) -> None:
     model, rows = world.model("all", kind=kind), [8, 0, 4, 3, 2]
     expected = sum(plain_loss(world, model, row) for row in rows)
