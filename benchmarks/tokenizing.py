@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer as Library
+from tokenizers import RowTokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -21,7 +21,7 @@ from pipeline.records.images import ImageRoot, digest
 from pipeline.records.record import ImageSlot, Record, Turn
 from pipeline.text.builder import PromptBuilder
 from pipeline.text.token_table import write_tokens
-from pipeline.text.tokenization import Choice, Summary, Tokenizer, tokenize
+from pipeline.text.tokenization import RowFilter, RowTokenizer, Summary, tokenize
 
 PATCHES = 64  # P
 BATCH = 1024  # texts a call of the library: what it is fastest with here
@@ -39,7 +39,7 @@ def _limit(cores: int) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
 
-def open_rows(file: Path, model: str) -> tuple[Source, PromptBuilder, Tokenizer]:
+def open_rows(file: Path, model: str) -> tuple[Source, PromptBuilder, RowTokenizer]:
     """The rows of a file, and what tokenises them: nothing is too long, and the pictures are known to decode."""
     images, good = file.parent / "images", file.parent / "good.npy"
     if not good.exists():
@@ -47,7 +47,7 @@ def open_rows(file: Path, model: str) -> tuple[Source, PromptBuilder, Tokenizer]
         np.save(good, GoodImages.table(np.stack(hashes)))
     source = Source(SourceSpec(str(file), images=str(images)))
     builder = PromptBuilder(model, image_token="<image>", tokens=PATCHES)
-    return source, builder, Tokenizer(builder, source.images, 100_000, "cut", Choice(good))
+    return source, builder, RowTokenizer(builder, source.images, 100_000, "cut", RowFilter(good))
 
 
 def measure_speed(file: Path, model: str, cores: int, rounds: int) -> tuple[dict[str, list[float]], float]:

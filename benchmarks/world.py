@@ -31,8 +31,7 @@ from pipeline.records.formats import RowPolicy, SourceSpec, open_source
 from pipeline.records.images import ImageRoot
 from pipeline.text.builder import PromptBuilder
 from pipeline.text.token_table import write_tokens
-from pipeline.text.tokenization import Summary, tokenize
-from pipeline.text.tokenization import Tokenizer as RowTokenizer
+from pipeline.text.tokenization import RowTokenizer, Summary, tokenize
 
 IMAGE_TOKEN, QUESTIONS, SHORTEST, LONGEST = "@", 10, 30, 45  # MiniMind-V's placeholder is an ordinary character
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as in MiniMind: padding, begin, end

@@ -1,8 +1,9 @@
-"""Stage 1: the frozen vision encoder over every image, once.
+"""Stage 1: the frozen vision encoder over every image of the pretraining and the held-out data, once.
 
-Reads the images that the pretraining and held-out records name; writes data/features (HDF5 shards, a row an image),
-data/features_meta (all that tokenize needs to know: P and Dv in encoder.json, which images can be decoded in images.npy)
-and data/features_rejected.csv (which images cannot be decoded, and why). Which rows that costs is decided by tokenize.
+Reads the images that the pretraining and held-out records name. Writes data/features (HDF5 shards: patch features float16
+[P, Dv] an image, found by the hash of its bytes), data/features_meta (all that tokenize needs to know: P and Dv in
+encoder.json, which images can be decoded in images.npy) and data/features_rejected.csv (which cannot, and why). Which rows
+that costs is decided by tokenize.
 """
 
 import csv

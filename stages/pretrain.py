@@ -1,6 +1,7 @@
 """Stage 3: align the projector with the frozen language model, on cached features.
 
-Reads data/features and data/tokens; writes models/pretrain, results/pretrain/history.csv and metrics/pretrain.json.
+Reads data/features and data/tokens; writes models/pretrain, results/pretrain (the loss of every step, held-out losses where
+`evaluate.every` asks for them) and metrics/pretrain.json.
 """
 
 from typing import Any

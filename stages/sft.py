@@ -1,6 +1,7 @@
 """Stage 4: instruction tuning of the language model and the projector, with the live frozen encoder.
 
-Reads the images, data/tokens and `sft.start` (models/pretrain); writes models/sft, results/sft/history.csv and metrics/sft.json.
+Reads the images, data/tokens and `sft.start` (models/pretrain); writes models/sft, results/sft and metrics/sft.json,
+as pretrain does.
 """
 
 from pathlib import Path

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pipeline.core import ARTEFACT, BAD_ROWS, PipelineError, brief, publish_folder
 from pipeline.params import Data, StageParams
 from pipeline.records import Mixture, Source, as_arrow, open_dataset, row_policy, side_of
-from pipeline.text import Choice, PromptBuilder, Summary, Tokenizer, TokenTable, tokenize, write_tokens
+from pipeline.text import PromptBuilder, RowFilter, RowTokenizer, Summary, TokenTable, tokenize, write_tokens
 from stages.run import run_stage
 
 SPLITS = ("pretrain", "sft", "heldout")
@@ -39,7 +39,7 @@ def main(params: StageParams) -> dict[str, Any]:
             ):
                 batches = tokenize(
                     source.records(),
-                    Tokenizer(builder, source.images, limits.max_tokens, limits.too_long, choice),
+                    RowTokenizer(builder, source.images, limits.max_tokens, limits.too_long, choice),
                     summary,
                     workers=params.runtime.tokenize_workers,
                     progress=bar.update,
@@ -61,12 +61,12 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise PipelineError(f"cannot be read: {brief(error)}", where=str(path), remedy="dvc repro extract", code=ARTEFACT) from None
 
 
-def _choice(data: Data, split: str) -> Choice:
+def _choice(data: Data, split: str) -> RowFilter:
     heldout = data.heldout
-    return Choice(META / "images.npy", side_of(heldout, trained=split != "heldout"), heldout.share, heldout.seed)
+    return RowFilter(META / "images.npy", side_of(heldout, trained=split != "heldout"), heldout.share, heldout.seed)
 
 
-def _tell(split: str, source: Source | Mixture, choice: Choice, summary: Summary) -> None:
+def _tell(split: str, source: Source | Mixture, choice: RowFilter, summary: Summary) -> None:
     """What became of rows that are not bad and not used either."""
     if isinstance(source, Mixture):
         for part, (rows, taken) in source.counts.items():
@@ -83,7 +83,7 @@ def _tell(split: str, source: Source | Mixture, choice: Choice, summary: Summary
         print(f"tokenize {split}: {summary.cut} rows cut, {summary.refused} refused (data/tokens/refused.jsonl){first}")
 
 
-def _figures(split: str, records: str, choice: Choice, summary: Summary) -> dict[str, Any]:
+def _figures(split: str, records: str, choice: RowFilter, summary: Summary) -> dict[str, Any]:
     """The figures of one data set: rows_in = rows + refused + rejected, and with a held-out share + other_side + both_sides."""
     if choice.side and summary.rows + summary.refused == 0:
         what = f"none of {summary.rows_in:,} rows is " + ("held out" if split == "heldout" else "left to train on")

@@ -42,8 +42,7 @@ from pipeline.records.images import ImageRoot
 from pipeline.records.record import Record
 from pipeline.text.builder import PromptBuilder
 from pipeline.text.token_table import TokenTable, write_tokens
-from pipeline.text.tokenization import Summary, tokenize
-from pipeline.text.tokenization import Tokenizer as RowTokenizer
+from pipeline.text.tokenization import RowTokenizer, Summary, tokenize
 from pipeline.vlm.model.freezing import freeze
 from pipeline.vlm.model.language_model import load_language_model
 from pipeline.vlm.model.projector import build_projector

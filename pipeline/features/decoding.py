@@ -28,8 +28,8 @@ class ImageFile:
 class DecodedImages(Dataset):
     """Decodes one image an item, in worker processes, and tells the seconds it took.
 
-    A bad image is returned, not raised, so that its message survives. An `ImageError` of the decoder says that the image is
-    bad; any other error that it could not be asked.
+    A bad image is returned, not raised, so that its message survives. An `ImageError` says that the decoder refused
+    the image; any other error that its file could not be read, which stops a run whatever `data.on_error` says.
     """
 
     def __init__(self, files: list[ImageFile], hashes: np.ndarray, preprocess: Preprocessor) -> None:

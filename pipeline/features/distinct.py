@@ -1,4 +1,4 @@
-"""The distinct pictures of data sets: each file read once, in order, to know it by the hash of its bytes."""
+"""The distinct pictures of data sets, known by the hash of their bytes, in order of first appearance."""
 
 from collections.abc import Callable, Iterable, Iterator
 

@@ -1,6 +1,7 @@
 """Stage 1's work: every image of the data sets through the frozen encoder once, into shards.
 
-Reads records and images; writes shards to a store that all experiments of a checkout share and links them into the
+An image goes from bytes to pixels in worker processes (`decoded_batches`), from pixels to patch features in the encoder, and
+from there to its row of a shard (`write_shard`). Shards lie in a store that all experiments of a checkout share, linked into the
 stage's output, so an image whose features exist is never encoded again. The output depends on data and parameters only:
 images in order of first appearance, a fixed number to a shard, whatever was stored before. An image that cannot be decoded
 stops the run, or its row in the shard stays a hole: zeros under a hash of zeros, which no image has.
@@ -104,17 +105,17 @@ def extract(
     if processes.is_first:
         _make_output(out, plan.paths, encoder.spec(), hashes, shard_rows)
     processes.wait()
-    return _told(out, plan, images, stream)
+    return _summary(out, plan, images, stream)
 
 
 def _write(shard: NewShard, known: ShardSet, stream: "FeatureStream", encoder: Encoder) -> None:
     written = shard.hashes.copy()
     batches = _batches(shard.stored, known, stream, written)  # which makes holes of bad ones in `written`
     notes = {"relative_error": encoder.relative_error()}
-    write_shard(shard.path, written, encoder.spec(), encoder.rows, batches, notes=notes)
+    write_shard(shard.path, written, encoder.spec(), encoder.row_format, batches, notes=notes)
 
 
-def _told(out: Path, plan: ShardPlan, images: DecodedImages, stream: "FeatureStream") -> Extraction:
+def _summary(out: Path, plan: ShardPlan, images: DecodedImages, stream: "FeatureStream") -> Extraction:
     good = np.concatenate([np.ones(0, bool), *(has_image(path) for path in plan.paths)])
     return Extraction(
         images=int(good.sum()),
@@ -124,11 +125,11 @@ def _told(out: Path, plan: ShardPlan, images: DecodedImages, stream: "FeatureStr
         waited=stream.waited,
         decoding=stream.decoding,
         good=good,
-        bad=[_why(images, item) for item in np.flatnonzero(~good).tolist()],
+        bad=[_decoding_error(images, item) for item in np.flatnonzero(~good).tolist()],
     )
 
 
-def _why(images: DecodedImages, item: int) -> PipelineError:
+def _decoding_error(images: DecodedImages, item: int) -> PipelineError:
     """What is wrong with an image that was bad a moment ago."""
     error = images.error(item)
     if not isinstance(error, ImageError):
@@ -150,7 +151,7 @@ def _make_output(out: Path, shards: list[Path], spec: dict[str, Any], hashes: np
 
 def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Path) -> None:
     """Say what it will cost before anything is spent."""
-    row, kind = row_bytes(encoder.rows), "int8" if encoder.rows.constants else "float16"
+    row, kind = row_bytes(encoder.row_format), "int8" if encoder.row_format.constants else "float16"
     free = shutil.disk_usage(folder).free
     print(
         f"extract: {images:,} images × [{encoder.tokens}, {encoder.width}] {kind} = {images * row / 1e9:.2f} GB; "
@@ -174,7 +175,7 @@ def _batches(stored: np.ndarray, known: ShardSet, stream: "FeatureStream", hashe
     """
     for start in range(0, len(stored), 256):
         numbers = stored[start : start + 256]
-        batch = np.empty((len(numbers), *known.rows.shape), known.rows.dtype)
+        batch = np.empty((len(numbers), *known.row_format.shape), known.row_format.dtype)
         old = np.flatnonzero(numbers >= 0)
         batch[old] = known.stored(numbers[old])
         for i in np.flatnonzero(numbers < 0).tolist():

@@ -48,7 +48,7 @@ def plan_shards(
         for name, part in zip(names, parts, strict=True)
     ]
     missing = [(name, part) for name, part, path in zip(names, parts, found, strict=True) if path is None]
-    known = ShardSet([Shard(path) for folder in folders if missing for path in sorted(folder.glob("*.h5"))], encoder.rows)
+    known = ShardSet([Shard(path) for folder in folders if missing for path in sorted(folder.glob("*.h5"))], encoder.row_format)
     todo = []
     for name, part in missing:
         stored = known.find(hashes[part])

@@ -74,7 +74,7 @@ class StoredFeatures:
     def __init__(self, store: FeatureStore, slots: ImageSlots, device: torch.device = CPU) -> None:
         self._store, self.tokens, self.width, self._device = store, store.tokens, store.width, device
         self._rows = store.locate(slots.image_hashes())
-        self._pool = BufferPool(store.rows.shape, store.rows.dtype, pin=device.type == "cuda")
+        self._pool = BufferPool(store.row_format.shape, store.row_format.dtype, pin=device.type == "cuda")
         self._copying: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
     def announce(self, slots: np.ndarray) -> None:
@@ -88,7 +88,7 @@ class StoredFeatures:
         return stored
 
     def features(self, loaded: torch.Tensor) -> torch.Tensor:
-        return self._store.rows.decode(self._on_device(loaded))
+        return self._store.row_format.decode(self._on_device(loaded))
 
     def stream(self, items: Iterable[tuple[T, torch.Tensor]]) -> Iterator[tuple[T, torch.Tensor]]:
         return ((item, self.features(loaded)) for item, loaded in items)

@@ -7,17 +7,17 @@ tokenization   a data set's records -> its table           token_table    the ta
 from pipeline.text.builder import PromptBuilder
 from pipeline.text.prompts import Prompt
 from pipeline.text.token_table import Row, TokenTable, write_tokens
-from pipeline.text.tokenization import TOO_LONG, Choice, Summary, Tokenizer, fit, tokenize
+from pipeline.text.tokenization import TOO_LONG, RowFilter, RowTokenizer, Summary, fit, tokenize
 
 __all__ = [
     "TOO_LONG",
-    "Choice",
     "Prompt",
     "PromptBuilder",
     "Row",
+    "RowFilter",
+    "RowTokenizer",
     "Summary",
     "TokenTable",
-    "Tokenizer",
     "fit",
     "tokenize",
     "write_tokens",

@@ -1,4 +1,4 @@
-"""Record -> token ids, supervised spans and image positions, assembled piece by piece.
+"""A conversation's turns -> token ids, supervised spans and image positions, for one tokenizer and its chat template.
 
 The chat template is taken apart once per order of roles: it is rendered with marks in place of the contents, so that
 template and content are encoded apart. A content can then never yield a control token, and what is supervised (the
@@ -20,7 +20,7 @@ from pipeline.core import ARTEFACT, BAD_ROWS, PipelineError, brief
 from pipeline.records import Turn
 from pipeline.text.prompts import ID, Encoded, Layout, Pattern, Prompt, Prompts, flatten, lay_out
 
-TEXT = 1  # part of every token table's fingerprint: raise it when this file gives other ids
+TEXT_VERSION = 1  # part of every token table's spec: raise it when pipeline/text gives other ids
 
 
 # answers are short, so a think block stays empty; some templates (MiniMind2) then write one in the prompt alone
@@ -153,6 +153,7 @@ class PromptBuilder:
         return self._build(lay_out([turns], lambda roles: self._pattern(roles, trim=False, generate=True), self._image))[0]
 
     def _build(self, layout: Layout) -> Prompts:
+        """Template ids and the contents' ids joined; spans and image starts follow from the lengths of what stands before them."""
         return layout.join(self.encode(layout.texts))
 
     def _end_of_turn(self, after: Sequence[int]) -> int:
@@ -176,7 +177,7 @@ class PromptBuilder:
         """Everything that decides the ids; kept in every token table and checkpoint."""
         backend = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
-        return {"text": TEXT, "tokenizer": backend, "template": template, "image_id": self.image_id, "tokens": self.tokens}
+        return {"text": TEXT_VERSION, "tokenizer": backend, "template": template, "image_id": self.image_id, "tokens": self.tokens}
 
 
 def _load_tokenizer(model: str, revision: str) -> PreTrainedTokenizerFast:

@@ -43,7 +43,10 @@ def write_tokens(path: Path, batches: Iterable[pa.RecordBatch], spec: dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation: `ids` int32 [T], `spans` int32 [turns, 2], `image_start` int32 [k], `slots`: its images' numbers."""
+    """One conversation: `ids` int32 [T], `spans` int32 [answers, 2] (supervised from, to before), `image_start` int32 [k].
+
+    `slots`: its images' numbers among those of all rows.
+    """
 
     ids: np.ndarray
     spans: np.ndarray

@@ -1,5 +1,7 @@
 """Stage 2's work: a data set's records -> its token table, streaming, in order, by several threads.
 
+A record holds a conversation's turns, texts and places of images, and the images' names. `PromptBuilder` makes of it token ids with
+P placeholders an image, the supervised spans and each image's first position; with the images' hashes that is a row of the table.
 Here it is decided which rows are used: those whose pictures can be read and decoded, on their side of a held-out part.
 Rows that are too long are cut, skipped or stop the stage, as the parameter says; what is refused is listed by file and
 line with the reason. An image is never cut, and a row always keeps at least one supervised token.
@@ -35,8 +37,8 @@ _OWN_THREADS = "TOKENIZERS_PARALLELISM"
 class Summary:
     """What became of a data set's rows: `rows_in == rows + refused + bad + other_side + both_sides` always.
 
-    Of a chunk `rejected` and `too_long` hold the bad and the refused rows themselves; of a whole data set, which may have
-    millions, nothing and the first ten. `straddling` names the first rows with pictures of both sides.
+    `rejected` holds a chunk's bad rows, `too_long` its refused ones; in the summary of a whole data set, which may have millions,
+    `rejected` is empty and `too_long` has the first ten. `straddling` names the first rows with pictures of both sides.
     """
 
     rows_in: int = 0
@@ -56,7 +58,7 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class RowFilter:
     """Which rows are used.
 
     Args:
@@ -70,13 +72,13 @@ class Choice:
     seed: int = 0
 
 
-class Tokenizer:
+class RowTokenizer:
     """Records -> Arrow batches for one tokenizer, image root and length policy; used by several threads."""
 
     def __init__(
-        self, builder: PromptBuilder, images: Images, max_tokens: int, too_long: str, choice: Choice | None = None
+        self, builder: PromptBuilder, images: Images, max_tokens: int, too_long: str, choice: RowFilter | None = None
     ) -> None:
-        choice = choice or Choice()
+        choice = choice or RowFilter()
         self._builder, self._max, self.too_long = builder, max_tokens, too_long
         self._digests = Digests(images, GoodImages(choice.good) if choice.good else None)
         self._side = choice.side
@@ -162,7 +164,7 @@ def _lists(bounds: np.ndarray, values: pa.Array) -> pa.ListArray:
 
 def tokenize(
     rows: Iterator[Record] | Iterator[Record | BadRow],
-    tokenizer: Tokenizer,
+    tokenizer: RowTokenizer,
     total: Summary,
     *,
     workers: int,
@@ -238,7 +240,7 @@ def _undisturbed(workers: int) -> Iterator[None]:
 
 
 def _run(
-    chunks: Iterator[Sequence[Record | BadRow]], tokenizer: Tokenizer, workers: int
+    chunks: Iterator[Sequence[Record | BadRow]], tokenizer: RowTokenizer, workers: int
 ) -> Iterator[tuple[pa.RecordBatch, Summary]]:
     """Chunks in their order, tokenised by threads: the tokenizer, hashes and picture decoders let Python go on reading."""
     with _undisturbed(workers), ThreadPoolExecutor(workers, "tokenize") as pool:

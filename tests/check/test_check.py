@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from pipeline.check.command import app
 from pipeline.records.images import ImageRoot
 from pipeline.text.builder import PromptBuilder
-from pipeline.text.tokenization import Summary, Tokenizer, tokenize
+from pipeline.text.tokenization import RowTokenizer, Summary, tokenize
 
 # What it counts.
 
@@ -29,7 +29,7 @@ def test_a_sound_data_set_has_the_figures_that_the_stages_have(project: Project,
     run = project.run("rows.jsonl", "--images", "images")
     assert run.exit_code == 0, run.output
     said, found = flat(run.stdout), Summary()
-    tokenizer = Tokenizer(PromptBuilder(str(llm_folder), image_token="<image>", tokens=PATCHES), ImageRoot("images"), 512, "cut")
+    tokenizer = RowTokenizer(PromptBuilder(str(llm_folder), image_token="<image>", tokens=PATCHES), ImageRoot("images"), 512, "cut")
     list(tokenize(read_records(project.folder / "rows.jsonl"), tokenizer, found, workers=1,
                   progress=lambda _: None))  # fmt: skip
     assert f"tokens {found.tokens:,};" in said

@@ -238,10 +238,10 @@ def test_rows_come_in_the_order_asked_whichever_shards_hold_them(
     numbers = np.random.default_rng(0).integers(0, len(files), 50)
     assert len(many.shards) > 1
     assert torch.equal(many.read(numbers), one.read(numbers))
-    out = np.empty((50, *many.rows.shape), many.rows.dtype)
+    out = np.empty((50, *many.row_format.shape), many.row_format.dtype)
     many.read_into(numbers, out)
     assert torch.equal(torch.from_numpy(out), one.read(numbers))
-    assert many.read(np.empty(0, np.int64)).shape == (0, *many.rows.shape)
+    assert many.read(np.empty(0, np.int64)).shape == (0, *many.row_format.shape)
 
 
 def test_images_that_no_shard_holds_are_found_missing_not_guessed(

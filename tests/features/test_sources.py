@@ -15,7 +15,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.fingerprint import fingerprint
 from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.encoder.tower import _load_tower
+from pipeline.features.encoder.tower import load_tower
 from pipeline.features.extraction import extract
 from pipeline.features.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
 from pipeline.features.store.store import FeatureStore
@@ -168,7 +168,7 @@ def test_features_are_the_patch_states_that_transformers_computes(
     found = encoder.encode_files([png(0), png(1), png(2)], ["0", "1", "2"])
     inputs = processor([decode(png(number), where="x") for number in range(3)], return_tensors="pt")
     with torch.inference_mode():
-        output = _load_tower(str(tmp_path / family), "").eval()(**inputs, output_hidden_states=True)
+        output = load_tower(str(tmp_path / family), "").eval()(**inputs, output_hidden_states=True)
     states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
     expected = states[:, 1:] if family == "clip" else states
     assert found.shape == (3, PATCHES, WIDTH)

@@ -11,7 +11,7 @@ import pytest
 from conftest import read_records
 
 from pipeline.core.errors import PipelineError
-from pipeline.records.formats.conversation import Reading, build
+from pipeline.records.formats.conversation import Reading, turns_and_pictures
 from pipeline.records.record import ImageSlot, Record, Turn, check_order, load_json, split_placeholders
 
 USER, ASSISTANT = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}
@@ -19,7 +19,7 @@ SEEN = {"role": "user", "content": "<image>\nWhat?"}
 
 
 def made(row: dict[str, Any]) -> tuple[tuple[Turn, ...], list[Any]]:
-    return build(row, Reading(), where="f:1")
+    return turns_and_pictures(row, Reading(), where="f:1")
 
 
 def test_both_spellings_give_the_same_record() -> None:

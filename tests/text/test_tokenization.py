@@ -16,22 +16,22 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import PipelineError
 from pipeline.records.formats import SourceSpec, open_source
-from pipeline.records.formats.conversation import Reading, build
+from pipeline.records.formats.conversation import Reading, turns_and_pictures
 from pipeline.records.images import digest
 from pipeline.records.record import Record
 from pipeline.text import tokenization
 from pipeline.text.builder import Prompt
 from pipeline.text.token_table import SCHEMA, TokenTable, write_tokens
-from pipeline.text.tokenization import Summary, Tokenizer, tokenize
+from pipeline.text.tokenization import RowTokenizer, Summary, tokenize
 
 
-def tokenizer_of(world: World, *, max_tokens: int = 256, too_long: str = "cut") -> Tokenizer:
-    return Tokenizer(world.builder, world.images, max_tokens, too_long)
+def tokenizer_of(world: World, *, max_tokens: int = 256, too_long: str = "cut") -> RowTokenizer:
+    return RowTokenizer(world.builder, world.images, max_tokens, too_long)
 
 
 def records_of(rows: list[dict[str, object]]) -> list[Record]:
     places = [f"rows.jsonl:{line}" for line in range(1, len(rows) + 1)]
-    made = [build(content, Reading(), where=place) for content, place in zip(rows, places, strict=True)]
+    made = [turns_and_pictures(content, Reading(), where=place) for content, place in zip(rows, places, strict=True)]
     return [Record(place, tuple(images), turns) for place, (turns, images) in zip(places, made, strict=True)]
 
 

@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from pipeline.core import ARTEFACT, NUMERIC, PipelineError
 from pipeline.core.attention import GROUPED
 from pipeline.core.devices import DTYPES, autocast, pick_precision
-from pipeline.features.encoder.prepacked import can_prepack, prepack
 from pipeline.features.encoder.preprocess import Preprocessor
-from pipeline.features.encoder.tower import _keep_layers, _load_tower
+from pipeline.features.encoder.tower import keep_layers, load_tower
 from pipeline.features.store.row_format import (
     Float16Format,
     Int8Format,
@@ -29,7 +28,7 @@ from pipeline.features.store.row_format import (
 )
 from pipeline.params import Vision
 
-FEATURES = 3  # part of every fingerprint: raise it when this file computes other numbers
+FEATURES_VERSION = 4  # part of every fingerprint: raise it when pipeline/features/encoder computes other numbers
 
 
 def load_encoder(vision: Vision, *, device: torch.device, batch: int) -> "Encoder":
@@ -74,7 +73,7 @@ class Encoder(nn.Module):
         self.precision = pick_precision(precision, device)
         self.preprocess = Preprocessor(model, revision)
         self._attention = GROUPED if device.type == "cpu" else "sdpa"
-        self.tower = _load_tower(model, revision, self._attention).requires_grad_(False).eval().to(device)
+        self.tower = load_tower(model, revision, self._attention).requires_grad_(False).eval().to(device)
         config = self.tower.config
         self.tokens, self.width = (config.image_size // config.patch_size) ** 2, config.hidden_size
         if (made := self.preprocess.size()) != (config.image_size, config.image_size):
@@ -92,12 +91,12 @@ class Encoder(nn.Module):
         self._error: float | None = None
         self._state = layer if layer >= 0 else config.num_hidden_layers + 1 + layer
         if layer != -1:
-            _keep_layers(self.tower, self._state)
+            keep_layers(self.tower, self._state)
         self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
 
-        self.rows = self._rows(storage)
+        self.row_format = self._row_format(storage)
 
-    def _rows(self, storage: str) -> RowFormat:
+    def _row_format(self, storage: str) -> RowFormat:
         if storage == "float16":
             return Float16Format(self.tokens, self.width)
         pictures = torch.from_numpy(calibration_pictures(self.tower.config.image_size))
@@ -117,16 +116,18 @@ class Encoder(nn.Module):
             exact = self._unrounded() if self._rounded else self.tower
             wanted = self._forward(exact, pictures, "float32").cpu()
             self._round_products()
-            stored = [self.rows.encode(self._forward(self.tower, part, self.precision)) for part in pictures.split(self.batch)]
-            found = self.rows.decode(torch.cat(stored)).float().cpu()
+            stored = [
+                self.row_format.encode(self._forward(self.tower, part, self.precision)) for part in pictures.split(self.batch)
+            ]
+            found = self.row_format.decode(torch.cat(stored)).float().cpu()
             self._error = float(f"{float((found - wanted).norm() / wanted.norm()):.2g}")
         return self._error
 
     def _unrounded(self) -> PreTrainedModel:
         """The tower as it was before `_round_products`, anew from its files."""
-        tower = _load_tower(self.name, self.revision, self._attention).requires_grad_(False).eval().to(self.device)
+        tower = load_tower(self.name, self.revision, self._attention).requires_grad_(False).eval().to(self.device)
         if self.layer != -1:
-            _keep_layers(tower, self._state)
+            keep_layers(tower, self._state)
         return tower
 
     def drop_tower(self) -> None:
@@ -135,7 +136,7 @@ class Encoder(nn.Module):
 
     def encode(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         """uint8 [I, 3, S, S] -> float16 [I, P, Dv] on the CPU; `names` say whose row a non-finite value is in."""
-        return self.rows.decode(self.encode_rows(pixels, names))
+        return self.row_format.decode(self.encode_rows(pixels, names))
 
     @torch.inference_mode()
     def encode_rows(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
@@ -159,15 +160,13 @@ class Encoder(nn.Module):
             raise PipelineError(
                 "features are not finite in float16", where=bad, remedy="set vision.precision: float32", code=NUMERIC
             )
-        return self.rows.encode(features).cpu()
+        return self.row_format.encode(features).cpu()
 
     def _round_products(self) -> None:
         """Hold the weights of matrix products in the format that autocast would round them to anew in every call."""
         if self._rounded:
             return
         dtype = DTYPES[self.precision]
-        if can_prepack(self.device, dtype):
-            prepack(self.tower, self.batch * self.tokens)
         for module in self.tower.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
@@ -192,10 +191,10 @@ class Encoder(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """Everything that decides a feature's value; its hash names the cached features."""
-        stored = {"storage": "int8", "constants": constants_digest(self.rows.constants)} if self.rows.constants else {}
+        stored = {"storage": "int8", "constants": constants_digest(self.row_format.constants)} if self.row_format.constants else {}
         return {
             **stored,
-            "features": FEATURES,
+            "features": FEATURES_VERSION,
             "weights": self._weights,
             "config": self._config,
             "preprocess": self.preprocess.describe(),

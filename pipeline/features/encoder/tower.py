@@ -9,7 +9,6 @@ from transformers.activations import QuickGELUActivation
 
 from pipeline.core import ARTEFACT, PipelineError
 from pipeline.core.loading import load_pretrained, unloadable
-from pipeline.features.encoder.prepacked import InPlaceQuickGelu
 
 TOWERS: dict[str, type[PreTrainedModel]] = {
     "clip": CLIPVisionModel,
@@ -19,7 +18,14 @@ TOWERS: dict[str, type[PreTrainedModel]] = {
 }
 
 
-def _load_tower(model: str, revision: str, attention: str = "sdpa") -> PreTrainedModel:
+class InPlaceQuickGelu(QuickGELUActivation):
+    """As Transformers computes it, bit for bit, in one piece of fresh memory instead of three."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (1.702 * x).sigmoid_().mul_(x)
+
+
+def load_tower(model: str, revision: str, attention: str = "sdpa") -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -40,7 +46,7 @@ def _load_tower(model: str, revision: str, attention: str = "sdpa") -> PreTraine
     return tower
 
 
-def _keep_layers(tower: PreTrainedModel, count: int) -> None:
+def keep_layers(tower: PreTrainedModel, count: int) -> None:
     """Leave out the layers whose output nobody asks for: LLaVA's -2 would compute the last one in vain."""
     stack: Any = next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
     del stack[max(1, count) :]

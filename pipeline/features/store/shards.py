@@ -159,7 +159,7 @@ def _write_all(handle: int, view: memoryview, offset: int) -> None:
 
 
 class Shard:
-    """A finished shard, open for reading: `hashes` [n, 32], `spec`, `rows` (their form), `stored` [n, *rows.shape] (mapped),
+    """A finished shard, open for reading: `hashes` [n, 32], `spec`, `row_format`, `stored` [n, *rows.shape] (mapped),
     `offset` (bytes) where they begin in the file.
 
     `check` is to be asked for every row that is read. Raises `PipelineError` naming the file.
@@ -180,8 +180,8 @@ class Shard:
                 self._sums = file["row_xxh3"][:]
                 constants = {name: file[name][:] for name in file if name.startswith("channel_")}
                 self.offset, shape, dtype = features.id.get_offset(), features.shape, features.dtype
-            self.rows = row_format_of(self.spec, constants)
-            if dtype != self.rows.dtype or shape[1:] != self.rows.shape:
+            self.row_format = row_format_of(self.spec, constants)
+            if dtype != self.row_format.dtype or shape[1:] != self.row_format.shape:
                 raise ValueError(f"its rows are {dtype} {shape[1:]}, not what its spec says")
             with path.open("rb") as handle:
                 self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
@@ -191,7 +191,7 @@ class Shard:
         if self.fingerprint != fingerprint(self.spec) or len(self.hashes) != len(self._sums) or len(self._sums) != shape[0]:
             raise self._damaged("its parts contradict each other")
         self._map.madvise(mmap.MADV_RANDOM)  # read-around would fetch eight times what a random row needs
-        self._bytes = row_bytes(self.rows)
+        self._bytes = row_bytes(self.row_format)
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -216,7 +216,7 @@ class Shard:
         for start in range(0, len(self), 256):
             self.announce(start, min(256, len(self) - start))
             block = np.array(self.stored[start : start + 256])
-            finite = torch.isfinite(self.rows.decode(torch.from_numpy(block))).flatten(1).all(1)
+            finite = torch.isfinite(self.row_format.decode(torch.from_numpy(block))).flatten(1).all(1)
             for i, row in enumerate(block):
                 if xxhash.xxh3_64_intdigest(row.data) != int(self._sums[start + i]):
                     yield start + i, "fails its checksum"

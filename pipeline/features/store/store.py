@@ -29,13 +29,13 @@ LOOK_AGAIN = 16  # batches that are announced after one that came from disk
 class ShardSet:
     """Random rows over shards of one encoder: numbered through, found by image hash, read from memory or disk.
 
-    `rows` says how they are stored; `starts` [shards + 1] is the number of each shard's first row.
+    `row_format` says how they are stored; `starts` [shards + 1] is the number of each shard's first row.
     """
 
-    def __init__(self, shards: Sequence[Shard], rows: RowFormat) -> None:
-        self.shards, self.rows = shards, rows
+    def __init__(self, shards: Sequence[Shard], row_format: RowFormat) -> None:
+        self.shards, self.row_format = shards, row_format
         self.starts = np.cumsum([0, *(len(shard) for shard in shards)])
-        self._map = RowMap([(shard.path, shard.offset) for shard in shards], rows.shape, rows.dtype) if shards else None
+        self._map = RowMap([(shard.path, shard.offset) for shard in shards], row_format.shape, row_format.dtype) if shards else None
         first = self._map.first if self._map else np.empty(0, np.int64)
         self._place = np.arange(len(self)) + np.repeat(first - self.starts[:-1], np.diff(self.starts))  # in the map
         self._verified, self._unverified = np.zeros(len(self), bool), len(self)
@@ -52,11 +52,11 @@ class ShardSet:
 
     def read(self, rows: np.ndarray) -> torch.Tensor:
         """Patch features float16 [n, P, Dv] of rows [n], in that order, in fresh memory."""
-        return self.rows.decode(torch.from_numpy(self.stored(rows)))
+        return self.row_format.decode(torch.from_numpy(self.stored(rows)))
 
     def stored(self, rows: np.ndarray) -> np.ndarray:
-        """Rows [n] as they are stored, [n, *self.rows.shape], in fresh memory."""
-        out = np.empty((len(rows), *self.rows.shape), self.rows.dtype)
+        """Rows [n] as they are stored, [n, *self.row_format.shape], in fresh memory."""
+        out = np.empty((len(rows), *self.row_format.shape), self.row_format.dtype)
         self.announce(rows)
         self.read_into(rows, out)
         return out
@@ -70,7 +70,7 @@ class ShardSet:
             self.shards[number].announce(row)
 
     def read_into(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy rows [n] as they are stored into `out` [n, *self.rows.shape], which a caller reuses.
+        """Copy rows [n] as they are stored into `out` [n, *self.row_format.shape], which a caller reuses.
 
         Safe in several threads. Raises `PipelineError` naming the file and the image of a row that fails its checksum.
         """
@@ -119,7 +119,7 @@ class FeatureStore(ShardSet):
                 f"no feature store: {brief(error)}", where=str(self.folder), remedy="dvc repro extract", code=ARTEFACT
             ) from None
         shards = [Shard(self.folder / name) for name, _ in listed]
-        super().__init__(shards, shards[0].rows if shards else Float16Format(self.tokens, self.width))
+        super().__init__(shards, shards[0].row_format if shards else Float16Format(self.tokens, self.width))
         for shard, (name, rows) in zip(self.shards, listed, strict=True):
             if len(shard) != rows or shard.spec != self.spec:
                 raise PipelineError(

@@ -88,7 +88,7 @@ class _Build:
     has_parts: bool = False
 
 
-def build(content: dict[str, Any], reading: Reading, *, where: str) -> tuple[tuple[Turn, ...], list[Any]]:
+def turns_and_pictures(content: dict[str, Any], reading: Reading, *, where: str) -> tuple[tuple[Turn, ...], list[Any]]:
     """A row's turns and its pictures in slot order, each as the row has it; raises `PipelineError` naming what is wrong."""
     if not _OTHER_MEDIA.isdisjoint(content):
         for key in OTHER_MEDIA:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.core import PipelineError, brief
-from pipeline.records.formats.conversation import USUAL, Columns, Reading, build
+from pipeline.records.formats.conversation import USUAL, Columns, Reading, turns_and_pictures
 from pipeline.records.formats.detect import FORMATS, READERS, detect, expand, metadata_of, saved_files
 from pipeline.records.formats.hub import fetch
 from pipeline.records.formats.pictures import Pictures, name_of
@@ -53,7 +53,7 @@ def _open(formats: dict[str, str], wanted: frozenset[str], file: str) -> Reader:
 
 
 def _pictures_of(reading: Reading, content: dict[str, Any]) -> list[Any]:
-    return build(content, reading, where="")[1]
+    return turns_and_pictures(content, reading, where="")[1]
 
 
 class Source:
@@ -90,7 +90,7 @@ class Source:
     def _record(self, row: Row) -> Record | BadRow:
         try:
             where = row.where
-            turns, pictures = build(row.content, self._reading, where=where)
+            turns, pictures = turns_and_pictures(row.content, self._reading, where=where)
             names = [name_of(value, slot, row.file, row.key, self._files, where) for slot, value in enumerate(pictures)]
             return Record(where, tuple(names), turns)
         except PipelineError as error:

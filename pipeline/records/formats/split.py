@@ -7,26 +7,18 @@ its bytes too. So whoever asks, in whatever stage, gets the same answer.
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.core import ARTEFACT, PipelineError, brief
 from pipeline.records.formats.row import BadRow
 from pipeline.records.formats.source import draw
-from pipeline.records.images import ImageError, decode, digest
+from pipeline.records.images import ImageError, Images, decode, digest
 from pipeline.records.record import ImageSlot, Record
 
 Side = Literal["train", "heldout"]
 KEPT = 1_000_000  # digests remembered by name: a picture's rows mostly stand near each other
-
-
-class ImageBytes(Protocol):
-    """Whatever reads an image's bytes by its name: `ImageRoot`, `Pictures`, `MixedPictures`."""
-
-    def place(self, name: str) -> str: ...
-
-    def read(self, name: str) -> bytes: ...
 
 
 class GoodImages:
@@ -63,7 +55,7 @@ class Digests:
         good: pictures that need not be decoded to know that they can be.
     """
 
-    def __init__(self, images: ImageBytes, good: GoodImages | None = None) -> None:
+    def __init__(self, images: Images, good: GoodImages | None = None) -> None:
         self._images, self._good = images, good
         self._known = dict[str, bytes]()
         self._decoded = dict[str, bytes | tuple[str, str, str]]()  # or what is wrong: an error itself would hold the bytes

@@ -5,7 +5,7 @@ sharing    rows that begin with the same image    packing    rows end to end, on
 collate    rows -> one `Batch`                    loader     a run's micro-batches, made ahead
 """
 
-from pipeline.vlm.batches.batch import Batch
+from pipeline.vlm.batches.collate import Batch
 from pipeline.vlm.batches.examples import Examples
 from pipeline.vlm.batches.loader import BatchLoader, MicroBatch
 from pipeline.vlm.batches.packing import BLOCK, row_budget

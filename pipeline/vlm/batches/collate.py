@@ -1,18 +1,58 @@
 """Rows of a token table -> the tensors of one batch: padded to one width, or end to end in one row on GPUs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.core import ARTEFACT, PipelineError
 from pipeline.text import Row, TokenTable
-from pipeline.vlm.batches.batch import Batch
 from pipeline.vlm.batches.packing import packed_length
 from pipeline.vlm.batches.sharing import Sharing, branch_layout, no_sharing
 
 MULTIPLE = 8  # of tokens a batch is wide: few shapes, since oneDNN and compilers keep a program for each
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A micro-batch, right-padded. A row of it is a unit: as a rule one row of the token table, so that B conversations stand
+    below each other and nothing is shared; or several that show the same image, whose common beginning stands there once.
+
+    Attributes:
+        ids: int64 [B, T], P placeholders where an image stands. Packed, B is 1 and the row holds all units.
+        real: bool [B, T], positions that are not padding (only a mixture's router asks).
+        loss_mask: bool [B, T], positions whose next token is supervised.
+        loss_positions: int64 [supervised], the same as places among the B × T.
+        labels: int64 [supervised], those next tokens, row by row.
+        slots: int64 [S], the images in it: their numbers among all image slots of the token table, for a feature source.
+        slot_row, slot_start: int64 [S], the row of each and the position of its first placeholder.
+        tokens: how many of the B × T positions are no padding.
+        branch, position: int16 and int64 [B, T] (see `pipeline.vlm.batches.sharing`); None where no row is shared and none packed.
+        document: int32 [B, T], which unit a token is of, where units are packed (see `pipeline.vlm.batches.packing`).
+    """
+
+    ids: torch.Tensor
+    real: torch.Tensor
+    loss_mask: torch.Tensor
+    loss_positions: torch.Tensor
+    labels: torch.Tensor
+    slots: np.ndarray
+    slot_row: torch.Tensor
+    slot_start: torch.Tensor
+    tokens: int
+    branch: torch.Tensor | None = None
+    position: torch.Tensor | None = None
+    document: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same with its tensors on a device; `slots` stay with the CPU, which looks features up."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: Any = {
+            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 def collate(
@@ -34,37 +74,37 @@ def collate(
     _check_patches(table, tokens)
     lengths = np.array([sharing.unit_length(unit) for unit in units])
     at_row, at, shape = _places(lengths, pack)
-    sheet, firsts = _Sheet.empty(shape, len(units)), list[Row]()
+    arrays, firsts = _Arrays.empty(shape, len(units)), list[Row]()
     for number, unit in enumerate(units):
         found = [table.row(int(row)) for row in unit]
-        sheet.write(number, found, int(sharing.prefix[unit[0]]), int(at_row[number]), int(at[number]))
+        arrays.write(number, found, int(sharing.prefix[unit[0]]), int(at_row[number]), int(at[number]))
         firsts.append(found[0])
     unit_of = np.repeat(np.arange(len(firsts)), [len(row.image_start) for row in firsts])  # [S]
     in_unit = np.concatenate([row.image_start for row in firsts]).astype(np.int64)
     slot_row, slot_start = at_row[unit_of], at[unit_of] + in_unit
     of_row = np.array([unit[0] for unit in units])[unit_of]
-    _check_runs(table, of_row, lengths[unit_of], in_unit, sheet.ids, slot_row, slot_start, image_id)
-    keep = np.zeros_like(sheet.target)
-    keep[:, :-1] = sheet.target[:, 1:]
+    _check_runs(table, of_row, lengths[unit_of], in_unit, arrays.ids, slot_row, slot_start, image_id)
+    loss_mask = np.zeros_like(arrays.target)
+    loss_mask[:, :-1] = arrays.target[:, 1:]
     laid = pack > 0 or any(len(unit) > 1 for unit in units)
     return Batch(
-        ids=torch.from_numpy(sheet.ids),
-        real=torch.from_numpy(sheet.real),
-        keep=torch.from_numpy(keep),
-        kept=torch.from_numpy(np.flatnonzero(keep)),
-        labels=torch.from_numpy(sheet.ids[sheet.target]),
+        ids=torch.from_numpy(arrays.ids),
+        real=torch.from_numpy(arrays.real),
+        loss_mask=torch.from_numpy(loss_mask),
+        loss_positions=torch.from_numpy(np.flatnonzero(loss_mask)),
+        labels=torch.from_numpy(arrays.ids[arrays.target]),
         slots=np.concatenate([np.arange(row.slots.start, row.slots.stop) for row in firsts]).astype(np.int64),
         slot_row=torch.from_numpy(slot_row),
         slot_start=torch.from_numpy(slot_start),
         tokens=int(lengths.sum()),
-        branch=torch.from_numpy(sheet.branch) if laid else None,
-        position=torch.from_numpy(sheet.position) if laid else None,
-        document=torch.from_numpy(sheet.document) if pack else None,
+        branch=torch.from_numpy(arrays.branch) if laid else None,
+        position=torch.from_numpy(arrays.position) if laid else None,
+        document=torch.from_numpy(arrays.document) if pack else None,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Sheet:
+class _Arrays:
     """What units are written to, [B, T] each: ids, which of them are supervised, which are no padding, and where they belong."""
 
     ids: np.ndarray
@@ -75,11 +115,11 @@ class _Sheet:
     document: np.ndarray
 
     @staticmethod
-    def empty(shape: tuple[int, int], units: int) -> "_Sheet":
+    def empty(shape: tuple[int, int], units: int) -> "_Arrays":
         """All padding, each token of which is a document of its own."""
         document = np.arange(units, units + shape[1], dtype=np.int32)[None].repeat(shape[0], 0)
         ids, target, real = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
-        return _Sheet(ids, target, real, np.full(shape, -1, np.int16), np.zeros(shape, np.int64), document)
+        return _Arrays(ids, target, real, np.full(shape, -1, np.int16), np.zeros(shape, np.int64), document)
 
     def write(self, number: int, rows: list[Row], prefix: int, line: int, begin: int) -> None:
         """Unit `number`: rows behind each other from column `begin` on, their common prefix of so many tokens once."""
@@ -123,7 +163,10 @@ def _check_runs(
     slot_start: np.ndarray,
     image_id: int,
 ) -> None:
-    """For each run [S]: its table row, the length of its unit, where it begins in that and in `ids`."""
+    """Raises `PipelineError` for the first image without its P placeholders.
+
+    For each run [S] are given: its table row, the length of its unit, where it begins in that and in `ids`.
+    """
     if not len(slot_row):
         return
     tokens = int(table.spec["tokens"])

@@ -9,8 +9,7 @@ import numpy as np
 
 from pipeline.features import FeatureSource
 from pipeline.text import TokenTable
-from pipeline.vlm.batches.batch import Batch
-from pipeline.vlm.batches.collate import collate
+from pipeline.vlm.batches.collate import Batch, collate
 from pipeline.vlm.batches.sharing import Sharing, no_sharing
 
 

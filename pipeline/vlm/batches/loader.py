@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from pipeline.core import prefetch
 from pipeline.text import TokenTable
-from pipeline.vlm.batches.batch import Batch
+from pipeline.vlm.batches.collate import Batch
 from pipeline.vlm.batches.examples import Examples
 from pipeline.vlm.batches.plan import pack_by_tokens, plan_epoch, split_by_tokens
 from pipeline.vlm.batches.schedule import Execution, Schedule
@@ -21,13 +21,14 @@ class MicroBatch:
     """A part of a step that this process computes in one pass.
 
     Attributes:
-        units: rows, those that share a beginning together (see `pipeline.vlm.batches.sharing`).
-        share: 1 / supervised tokens of the whole step, of all processes; 0 where a step has too few units for all.
+        units: rows of the token table, those that share a beginning together (see `pipeline.vlm.batches.sharing`).
+        weight: what its summed loss counts: 1 / supervised tokens of the whole step, of all processes; 0 where a step has
+            too few units for all.
         parts: this process's micro-batches of the step; `last` of them closes it.
     """
 
     units: list[np.ndarray]
-    share: float
+    weight: float
     parts: int
     last: bool
 
@@ -55,11 +56,11 @@ def plan_micro_batches(
     steps = plan_epoch(table.lengths, batch_size=schedule.batch_size, seed=schedule.seed, epoch=epoch, sharing=shared)
     for rows in steps[skip:]:
         every = [split(rows, sharing, schedule.micro_tokens, rank=number, ranks=ranks) for number in range(ranks)]
-        parts, share = every[rank], 1.0 / int(table.supervised[rows].sum())
+        parts, weight = every[rank], 1.0 / int(table.supervised[rows].sum())
         count = max(map(len, every)) if even else max(1, len(parts))  # every process takes part in every step
         for number in range(count):
             counts = number < len(parts)
-            yield MicroBatch(parts[number] if counts else [rows[:1]], share if counts else 0.0, count, number == count - 1)
+            yield MicroBatch(parts[number] if counts else [rows[:1]], weight if counts else 0.0, count, number == count - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class BatchLoader:
         return prefetch(prefetch(planned, self._collate, depth=threads + 1), self._load, depth=threads, threads=threads)
 
     def _collate(self, micro: MicroBatch) -> Batch:
+        """Its tensors, having told the feature source which images come next."""
         batch = self.examples.collate(micro.units, pack=self.schedule.micro_tokens if self.execution.packed else 0)
         self.examples.source.announce(batch.slots)
         return batch

@@ -45,6 +45,8 @@ class VisionLanguageModel(nn.Module):
     def forward(self, batch: Batch, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the cross-entropy over supervised tokens, and a mixture's router loss (0 where none trains).
 
+        features: [S, P, Dv] of the batch's images, in the order of `batch.slots`.
+
         Hidden states are gathered at supervised positions before the vocabulary projection, so [B, T, V] never exists.
         Right padding needs no mask: a causal model's real tokens never see it. Only a router's own loss would count it.
         """
@@ -56,15 +58,17 @@ class VisionLanguageModel(nn.Module):
             mask: Any = self._mask(branch) if document is None else block_mask(document, branch)
             extra = {"attention_mask": mask, "position_ids": batch.position}
         extra |= {"inputs_embeds": self.embed(batch.ids, features, batch.slot_row, batch.slot_start), "use_cache": False}
-        with nullcontext() if self.router_trains else last_block_only_at(batch.kept, self.language_model):
+        # the same loss for less work: see there
+        with nullcontext() if self.router_trains else last_block_only_at(batch.loss_positions, self.language_model):
             return self._loss(batch, extra)
 
     def _loss(self, batch: Batch, extra: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.router_trains and too_large(len(batch.labels), self.language_model.config):
-            states = self.language_model.get_decoder()(**extra).last_hidden_state[batch.keep]  # [supervised, D]
+            states = self.language_model.get_decoder()(**extra).last_hidden_state[batch.loss_mask]  # [supervised, D]
             loss = chunked_cross_entropy(self.language_model.get_output_embeddings(), states, batch.labels)
             return loss, loss.new_zeros(())
-        output = self.language_model(logits_to_keep=batch.keep, **extra)
+        # Transformers takes a bool [B, T] too, and gives the logits of those positions in order: [supervised, V]
+        output = self.language_model(logits_to_keep=batch.loss_mask, **extra)
         logits = output.logits.reshape(-1, output.logits.shape[-1])
         loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
         router = getattr(output, "aux_loss", None) if self.router_trains else None

@@ -14,7 +14,7 @@ from pipeline.text import PromptBuilder, TokenTable
 from pipeline.vlm.batches import LONGEST, Examples, Schedule, Sharing
 from pipeline.vlm.model import VisionLanguageModel, cast_frozen, choose_attention, freeze
 from pipeline.vlm.training.loop import MIXED
-from pipeline.vlm.training.parts import check_start, choose_sharing, make_builder, make_model, open_sources
+from pipeline.vlm.training.parts import check_start, choose_sharing, make_builder, make_model, open_feature_sources
 
 TOKENS = Path("data/tokens")
 
@@ -84,7 +84,9 @@ def assemble(params: StageParams, training: Training, *, dataset: Dataset, name:
         flush=True,
     )
     cache = params.runtime.live_cache_mb * 1_000_000
-    source, heldout_source = open_sources(training.features, encoder, ((table, dataset), (heldout, params.data.heldout)), cache)
+    source, heldout_source = open_feature_sources(
+        training.features, encoder, ((table, dataset), (heldout, params.data.heldout)), cache
+    )
     if training.features == "stored":
         encoder.drop_tower()
     return Stage(

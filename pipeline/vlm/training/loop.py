@@ -1,4 +1,5 @@
-"""One training loop for both training stages: it knows what trains and where patch features come from, nothing else.
+"""One training loop for both training stages. What trains is set on the model before (`freeze`), and where patch features come
+from is the examples' feature source: the store or the live encoder. Here the two streams meet, once a micro-batch.
 
 accelerate owns the device, mixed precision and scaling. The loss of a step is the sum over its supervised tokens divided
 by their number, however the step is cut into micro-batches, so accumulating changes nothing but rounding.
@@ -104,7 +105,7 @@ class _Steps:
         torch.manual_seed(self._schedule.seed + len(self.history))  # dropout, where a model has any, follows from the step
 
     def backward(self, micro: MicroBatch, batch: Batch, features: torch.Tensor) -> None:
-        """Add a micro-batch's gradients and loss to the step's."""
+        """Add a micro-batch's gradients and loss to the step's: token ids in `batch`, its images' features [S, P, Dv]."""
         accelerator = self.accelerator
         batch, features = batch.to(accelerator.device), features.to(accelerator.device, non_blocking=True)
         if self._sharded:
@@ -113,8 +114,8 @@ class _Steps:
             with accelerator.autocast():
                 loss, router = self._wrapped(batch, features)
             # gradients are averaged over processes, the loss is a sum over all of them
-            accelerator.backward(loss * (micro.share * accelerator.num_processes) + router / micro.parts)
-        self._total += loss.detach() * micro.share
+            accelerator.backward(loss * (micro.weight * accelerator.num_processes) + router / micro.parts)
+        self._total += loss.detach() * micro.weight
 
     def update(self, epoch: int, where: str) -> None:
         """Change the weights and add the step's figures to the history; `where` names one of its rows."""

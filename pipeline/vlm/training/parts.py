@@ -1,4 +1,4 @@
-"""The parts of a training stage, as params name them: encoder, prompt builder, model, and where features come from."""
+"""The parts of a training stage, as params name them: prompt builder, model, feature sources, and which rows share an image."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from pipeline.vlm.model import (
     sliding_window,
 )
 
-FEATURES = Path("data/features")
+STORE = Path("data/features")
 
 
 def make_builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> PromptBuilder:
@@ -76,13 +76,13 @@ def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, s
         raise PipelineError(problem, where=str(start), remedy=remedy, code=ARTEFACT)
 
 
-def open_sources(
+def open_feature_sources(
     features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Dataset], ...], cache: int
 ) -> list[FeatureSource]:
     """Where the pictures' features of each table come from: `features` is stored or live, `cache` bytes for live ones."""
     if features == "live":
         return [LiveFeatures(encoder, open_dataset(dataset).images, table, cache_bytes=cache) for table, dataset in tables]
-    store = FeatureStore(FEATURES)
+    store = FeatureStore(STORE)
     store.check_encoder(encoder.spec())
     return [StoredFeatures(store, table, encoder.device) for table, _ in tables]
 

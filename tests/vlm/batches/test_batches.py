@@ -73,14 +73,14 @@ def test_rows_become_padded_ids_with_labels_one_step_ahead(world: World) -> None
     rows = np.array([8, 0, 4, 3])
     batch = collate(table, rows, image_id=world.builder.image_id, tokens=PATCHES)
     longest = int(table.lengths[rows].max())
-    assert batch.ids.shape == batch.keep.shape == (4, -(-longest // MULTIPLE) * MULTIPLE)
+    assert batch.ids.shape == batch.loss_mask.shape == (4, -(-longest // MULTIPLE) * MULTIPLE)
     assert batch.tokens == table.lengths[rows].sum()
     labels, slots, places = [], [], []
     for position, number in enumerate(rows.tolist()):
         found = table.row(number)
         assert batch.ids[position].tolist() == found.ids.tolist() + [0] * (batch.ids.shape[1] - len(found.ids))
         supervised = [i for start, end in found.spans.tolist() for i in range(start, end)]
-        assert batch.keep[position].nonzero().flatten().tolist() == [i - 1 for i in supervised]
+        assert batch.loss_mask[position].nonzero().flatten().tolist() == [i - 1 for i in supervised]
         labels += [int(found.ids[i]) for i in supervised]
         slots += list(found.slots)
         places += [(position, start) for start in found.image_start.tolist()]
@@ -96,7 +96,7 @@ def test_a_batch_without_images_has_no_slots(world: World) -> None:
 
 def test_a_batch_moves_whole_to_a_device(world: World) -> None:
     batch = collate(world.table, np.array([0]), image_id=world.builder.image_id, tokens=PATCHES).to(torch.device("meta"))
-    assert all(t.device.type == "meta" for t in (batch.ids, batch.keep, batch.labels, batch.slot_row, batch.slot_start))
+    assert all(t.device.type == "meta" for t in (batch.ids, batch.loss_mask, batch.labels, batch.slot_row, batch.slot_start))
 
 
 def altered(world: World, path: Path, column: str, number: int, place: int, value: int) -> TokenTable:

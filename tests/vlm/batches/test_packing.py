@@ -24,8 +24,7 @@ from pipeline.core.attention import GROUPED
 from pipeline.core.errors import PipelineError
 from pipeline.features.sources import StoredFeatures
 from pipeline.text.token_table import TokenTable
-from pipeline.vlm.batches.batch import Batch
-from pipeline.vlm.batches.collate import collate
+from pipeline.vlm.batches.collate import Batch, collate
 from pipeline.vlm.batches.examples import Examples
 from pipeline.vlm.batches.loader import plan_micro_batches
 from pipeline.vlm.batches.packing import BLOCK, LENGTHS, capacity, packed_length, row_budget
@@ -199,10 +198,10 @@ def test_a_packed_row_holds_its_conversations_end_to_end(world: World) -> None:
         assert batch.ids[0, here].tolist() == table.row(number).ids.tolist()
         assert batch.position[0, here].tolist() == list(range(int(table.lengths[number])))
         assert set(batch.document[0, here].tolist()) == {place}
-        assert torch.equal(batch.keep[0, here], padded.keep[place, : table.lengths[number]])
+        assert torch.equal(batch.loss_mask[0, here], padded.loss_mask[place, : table.lengths[number]])
     assert batch.real[0].tolist() == [True] * start + [False] * (batch.ids.shape[1] - start)
     assert len(set(batch.document[0, start:].tolist())) == batch.ids.shape[1] - start, "padding is nobody's neighbour"
-    assert not batch.keep[0, start:].any()
+    assert not batch.loss_mask[0, start:].any()
     assert torch.equal(batch.labels, padded.labels)
     assert batch.slots.tolist() == padded.slots.tolist()
     for line, first in zip(batch.slot_row.tolist(), batch.slot_start.tolist(), strict=True):

@@ -28,7 +28,7 @@ def test_loss_and_gradients_are_those_of_full_logits(world: World, moe_folder: P
     loss = models[0](batch, features)[0]
     embedded = models[1].embed(batch.ids, features, batch.slot_row, batch.slot_start)
     logits = models[1].language_model(inputs_embeds=embedded, use_cache=False).logits  # [B, T, V]
-    whole = F.cross_entropy(logits[batch.keep].float(), batch.labels, reduction="sum")
+    whole = F.cross_entropy(logits[batch.loss_mask].float(), batch.labels, reduction="sum")
     wanted = -(-len(batch.labels) // MULTIPLE) * MULTIPLE
     assert seen == [wanted], "the block was asked for other positions too"
     assert wanted < batch.ids.numel()

@@ -204,8 +204,8 @@ def test_the_cases_hold_what_is_hard_to_divide(world: World, shared: bool) -> No
     ]
     steps = [[work.parts for work in plan if work.last] for plan in plans]
     assert any(mine != others for mine, others in zip(*steps, strict=True))
-    assert any(work.share == 0 for work in plans[1])
-    assert not any(work.share == 0 for work in plans[0])
+    assert any(work.weight == 0 for work in plans[1])
+    assert not any(work.weight == 0 for work in plans[0])
     texts = [all(not len(table.row(int(n)).image_start) for unit in work.units for n in unit) for plan in plans for work in plan]
     assert any(texts)
     assert not all(texts)

@@ -104,7 +104,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_supervised_tokens(world: World,
         counts = [int(eight.supervised[step].sum()) for step in plan_epoch(eight.lengths, batch_size=3, seed=0, epoch=epoch)]
         losses = [row["loss"] for row in history if row["epoch"] == epoch]
         assert np.average(losses, weights=counts) == pytest.approx(before, rel=1e-5)
-    shares = [work.share for work in plan_micro_batches(eight, replace(SCHEDULE, batch_size=8, micro_tokens=64), 0)]
+    shares = [work.weight for work in plan_micro_batches(eight, replace(SCHEDULE, batch_size=8, micro_tokens=64), 0)]
     assert set(shares) == {1 / int(eight.supervised.sum())}
 
 
