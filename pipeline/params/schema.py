@@ -112,7 +112,7 @@ class Tokenize(Section):
 
 
 class Projector(Section):
-    kind: Literal["linear", "mlp", "norm_mlp"]
+    kind: Literal["linear", "mlp", "mlp3x", "norm_mlp"]
 
 
 class Training(Section):

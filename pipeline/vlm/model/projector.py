@@ -18,6 +18,12 @@ def _mlp(width: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, hidden))
 
 
+def _mlp3x(width: int, hidden: int) -> nn.Sequential:
+    """LLaVA's `mlp3x_gelu`: a layer more, exact GELU."""
+    first, second, third = nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
+    return nn.Sequential(first, nn.GELU(), second, nn.GELU(), third)
+
+
 def _norm_mlp(width: int, hidden: int) -> nn.Sequential:
     """MiniMind-V, 2026: a LayerNorm first, and exact GELU."""
     first, second = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
@@ -25,7 +31,12 @@ def _norm_mlp(width: int, hidden: int) -> nn.Sequential:
 
 
 # What `projector.kind` may be (see also `pipeline.params.schema`). An export refuses a kind that its format has no place for.
-PROJECTORS: dict[str, Callable[[int, int], nn.Sequential]] = {"linear": _linear, "mlp": _mlp, "norm_mlp": _norm_mlp}
+PROJECTORS: dict[str, Callable[[int, int], nn.Sequential]] = {
+    "linear": _linear,
+    "mlp": _mlp,
+    "mlp3x": _mlp3x,
+    "norm_mlp": _norm_mlp,
+}
 
 
 def build_projector(kind: str, width: int, hidden: int) -> nn.Sequential:

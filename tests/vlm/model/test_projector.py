@@ -28,7 +28,7 @@ def test_a_projector_maps_every_patch_by_itself(kind: str) -> None:
 def test_the_kinds_of_projector_are_what_their_names_say() -> None:
     torch.manual_seed(0)
     features = torch.randn(5, WIDTH) * 3 + 1
-    linear, mlp, norm = (build_projector(kind, WIDTH, HIDDEN) for kind in ("linear", "mlp", "norm_mlp"))
+    linear, mlp, deeper, norm = (build_projector(kind, WIDTH, HIDDEN) for kind in ("linear", "mlp", "mlp3x", "norm_mlp"))
     assert torch.allclose(linear(features), F.linear(features, linear[0].weight, linear[0].bias))
 
     def two_layers(x: torch.Tensor, first: torch.nn.Module, second: torch.nn.Module, gelu: str) -> torch.Tensor:
@@ -36,6 +36,8 @@ def test_the_kinds_of_projector_are_what_their_names_say() -> None:
         return F.linear(middle, second.weight, second.bias)  # type: ignore[arg-type]
 
     assert torch.allclose(mlp(features), two_layers(features, mlp[0], mlp[2], "tanh"), atol=1e-6)
+    once_more = F.linear(F.gelu(two_layers(features, deeper[0], deeper[2], "none")), deeper[4].weight, deeper[4].bias)
+    assert torch.allclose(deeper(features), once_more, atol=1e-6)
     assert torch.allclose(norm(features), two_layers(F.layer_norm(features, (WIDTH,)), norm[1], norm[3], "none"), atol=1e-6)
 
 
