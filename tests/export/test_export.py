@@ -24,7 +24,7 @@ from pipeline.params.schema import Dataset
 from pipeline.text.builder import PromptBuilder
 from pipeline.vlm.model import checkpoint
 from pipeline.vlm.model.checkpoint import Manifest
-from pipeline.vlm.model.projector import build_projector
+from pipeline.vlm.model.projector import PROJECTORS, build_projector
 from pipeline.vlm.model.vlm import VisionLanguageModel
 
 ROOT = Path(__file__).parents[2]
@@ -229,6 +229,13 @@ def test_siglip_is_refused_where_no_class_is_exact(
 ) -> None:
     with pytest.raises(PipelineError, match=words):
         check_exportable(siglip(world, vision_folders, tmp_path / "m", kind=kind, layer=layer))
+
+
+@pytest.mark.parametrize("kind", sorted(set(PROJECTORS) - set(KINDS)))
+def test_a_projector_that_llava_has_no_place_for_is_refused(kind: str, world: World, tmp_path: Path) -> None:
+    model = save(tmp_path / "m", world.clip, world.model("all", kind=kind), world.builder, kind=kind, llm=str(world.llm))
+    with pytest.raises(PipelineError, match=f"no place for a projector of kind {kind}"):
+        write(Source.open(model), tmp_path / "out")
 
 
 def test_an_export_that_is_not_the_model_is_refused(

@@ -136,7 +136,10 @@ def test_half_precision_is_for_matrices_only(source: Source, tmp_path: Path) -> 
     assert kinds["blk.0.attn_norm.weight"] == "F32"
 
 
-@pytest.mark.parametrize(("kind", "words"), [("linear", "always has GELU"), ("norm_mlp", "no projector with a LayerNorm first")])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("linear", "always has GELU"), ("norm_mlp", "no projector with a LayerNorm first"), ("mlp3x", "knows two layers")],
+)
 def test_projectors_that_llama_cpp_computes_otherwise_are_refused(kind: str, words: str, world: World, tmp_path: Path) -> None:
     model = save(tmp_path / "m", world.clip, world.model("all", kind=kind), world.builder, kind=kind, llm=str(world.llm))
     with pytest.raises(PipelineError, match=words):

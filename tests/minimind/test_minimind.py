@@ -18,6 +18,7 @@ from minimind_files import (
     logits,
     projection,
     reference,
+    run,
     weights,
     write_params,
 )
@@ -210,6 +211,14 @@ def test_a_checkpoint_is_one_that_sft_starts_from(world: World, project: Path) -
     params: Any = load()
     model = make_model(params, params.sft, load_encoder(params.vision, device=torch.device("cpu"), batch=1), "float32", Path("out"))
     assert model.hidden_size == HIDDEN
+
+
+def test_a_projector_that_minimind_never_had_is_refused(world: World, tmp_path: Path) -> None:
+    ended = run("export", trained(world, tmp_path / "sft", "mlp3x"), tmp_path / "x.pth")
+    assert ended.exit_code == 2
+    said = " ".join(ended.stderr.split())
+    assert "projector.kind: MiniMind-V has no projector of kind mlp3x -> train with projector.kind: linear" in said
+    assert not (tmp_path / "x.pth").exists()
 
 
 def test_an_export_names_what_minimind_must_be_told(world: World, tmp_path: Path) -> None:
