@@ -1,7 +1,9 @@
 """Stage 3: align the projector with the frozen language model, on cached features.
 
-Reads data/features and data/tokens; writes models/pretrain, results/pretrain (the loss of every step, held-out losses where
-`evaluate.every` asks for them) and metrics/pretrain.json.
+`train_stage` puts the model, the token tables and the feature source together (by default the store), runs
+`pipeline.vlm.training.loop.train`, saves and measures. Reads data/features, data/tokens and the models; writes
+models/pretrain, results/pretrain (the loss of every step, held-out losses where `evaluate.every` asks for them) and
+metrics/pretrain.json.
 """
 
 from typing import Any

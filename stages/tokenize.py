@@ -32,14 +32,14 @@ def main(params: StageParams) -> dict[str, Any]:
     sources = {split: open_dataset(getattr(params.data, split), limit=params.data.limit) for split in SPLITS}
     with publish_folder(Path("data/tokens")) as folder, (folder / "refused.jsonl").open("w", encoding="utf-8") as refused:
         for split, source in sources.items():
-            summary, choice = Summary(), _choice(params.data, split)
+            summary, row_filter = Summary(), _row_filter(params.data, split)
             with (
                 tqdm(desc=f"tokenize {split}", unit="row", mininterval=0.5) as bar,
                 row_policy(source, params.data, rejected=folder / f"rejected_{split}.csv") as policy,
             ):
                 batches = tokenize(
                     source.records(),
-                    RowTokenizer(builder, source.images, limits.max_tokens, limits.too_long, choice),
+                    RowTokenizer(builder, source.images, limits.max_tokens, limits.too_long, row_filter),
                     summary,
                     workers=params.runtime.tokenize_workers,
                     progress=bar.update,
@@ -48,8 +48,8 @@ def main(params: StageParams) -> dict[str, Any]:
                 )
                 write_tokens(folder / f"{split}.arrow", batches, builder.spec())
                 policy.accept(summary.rows_in - summary.bad)
-            _tell(split, source, choice, summary)
-            figures[split] = _figures(split, getattr(params.data, split).records, choice, summary)
+            _tell(split, source, row_filter, summary)
+            figures[split] = _figures(split, getattr(params.data, split).records, row_filter, summary)
         _require_held_out(folder)
     return figures
 
@@ -61,18 +61,18 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise PipelineError(f"cannot be read: {brief(error)}", where=str(path), remedy="dvc repro extract", code=ARTEFACT) from None
 
 
-def _choice(data: Data, split: str) -> RowFilter:
+def _row_filter(data: Data, split: str) -> RowFilter:
     heldout = data.heldout
     return RowFilter(META / "images.npy", side_of(heldout, trained=split != "heldout"), heldout.share, heldout.seed)
 
 
-def _tell(split: str, source: Source | Mixture, choice: RowFilter, summary: Summary) -> None:
+def _tell(split: str, source: Source | Mixture, row_filter: RowFilter, summary: Summary) -> None:
     """What became of rows that are not bad and not used either."""
     if isinstance(source, Mixture):
         for part, (rows, taken) in source.counts.items():
             print(f"tokenize {split}: {part}: {taken:,} rows taken of {rows:,}")
-    if choice.side:
-        other = "held out" if choice.side == "train" else "for training"
+    if row_filter.side:
+        other = "held out" if row_filter.side == "train" else "for training"
         first = f", first: {summary.straddling[0]}" if summary.straddling else ""
         print(
             f"tokenize {split}: {summary.rows + summary.refused:,} of {summary.rows_in:,} rows, {summary.other_side:,} "
@@ -83,14 +83,14 @@ def _tell(split: str, source: Source | Mixture, choice: RowFilter, summary: Summ
         print(f"tokenize {split}: {summary.cut} rows cut, {summary.refused} refused (data/tokens/refused.jsonl){first}")
 
 
-def _figures(split: str, records: str, choice: RowFilter, summary: Summary) -> dict[str, Any]:
+def _figures(split: str, records: str, row_filter: RowFilter, summary: Summary) -> dict[str, Any]:
     """The figures of one data set: rows_in = rows + refused + rejected, and with a held-out share + other_side + both_sides."""
-    if choice.side and summary.rows + summary.refused == 0:
+    if row_filter.side and summary.rows + summary.refused == 0:
         what = f"none of {summary.rows_in:,} rows is " + ("held out" if split == "heldout" else "left to train on")
         raise PipelineError(what, where=records, remedy="change data.heldout.share or data.limit", code=BAD_ROWS)
     if not summary.rows:
         raise PipelineError("no row fits", where=records, remedy="raise tokenize.max_tokens", code=BAD_ROWS)
-    sides = {"other_side": summary.other_side, "both_sides": summary.both_sides} if choice.side else {}
+    sides = {"other_side": summary.other_side, "both_sides": summary.both_sides} if row_filter.side else {}
     return {
         "rows_in": summary.rows_in,
         "rows": summary.rows,

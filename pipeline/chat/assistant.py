@@ -122,7 +122,7 @@ class Assistant:
                     self.model,
                     self.builder,
                     [prompt.ids],
-                    [prompt.images],
+                    [prompt.image_starts],
                     shown,
                     max_new_tokens=sampling.max_new_tokens,
                     device=self.device,

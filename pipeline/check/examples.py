@@ -74,7 +74,7 @@ def make_example(record: Record, prompt: Prompt | None, builder: PromptBuilder |
 def _tokens(prompt: Prompt, builder: PromptBuilder) -> list[Piece]:
     """Runs of tokens of one kind; a picture's run as its length."""
     kinds = np.isin(prompt.ids, np.array(sorted(builder.control.values()))).astype(np.uint8)
-    for number, start in enumerate(sorted(prompt.images)):
+    for number, start in enumerate(sorted(prompt.image_starts)):
         kinds[start : start + builder.tokens] = 2 + number % 2  # neighbours differ, so that two pictures stay two
     for start, end in prompt.spans:
         kinds[start:end] += 4

@@ -9,7 +9,7 @@ from pipeline.check.pictures import bad_record
 from pipeline.core import PipelineError
 from pipeline.params import Tokenize
 from pipeline.records import PLACEHOLDER, BadRow, Record
-from pipeline.text import TOO_LONG, Prompt, PromptBuilder, fit
+from pipeline.text import TOO_LONG, Prompt, PromptBuilder, fit_length
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class LengthCheck:
 
     def _fit(self, builder: PromptBuilder, record: Record, prompt: Prompt) -> Prompt | BadRow | None:
         limits = self._limits
-        fitted, reason = fit(prompt, image_tokens=builder.tokens, max_tokens=limits.max_tokens, too_long=limits.too_long)
+        fitted, reason = fit_length(prompt, image_tokens=builder.tokens, max_tokens=limits.max_tokens, too_long=limits.too_long)
         self.counts.cut += fitted is not None and fitted is not prompt
         if fitted is None and limits.too_long == "stop":
             return bad_record(record, reason, f"{TOO_LONG}, or set tokenize.too_long")

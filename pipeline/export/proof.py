@@ -100,7 +100,7 @@ def pipeline_logits(source: Source, turns: Sequence[Turn], features: torch.Tenso
     """Ids of a conversation, the positions whose logits predict supervised tokens, and those logits float32 [K, V]."""
     prompt = source.builder.build(turns, trim=False)
     keep = [position - 1 for start, end in prompt.spans for position in range(start, end)]
-    starts = torch.tensor(prompt.images, dtype=torch.int64)
+    starts = torch.tensor(prompt.image_starts, dtype=torch.int64)
     with torch.inference_mode():
         ids = torch.from_numpy(prompt.ids).long()[None]
         embedded = source.model.embed(ids, features, torch.zeros_like(starts), starts)

@@ -43,7 +43,7 @@ class DecodedImages(Dataset):
         return self.decode(item), time.perf_counter() - began
 
     def decode(self, item: int) -> np.ndarray | PipelineError:
-        """Pixels uint8 [3, S, S] of one image, or what is wrong with it."""
+        """Pixels uint8 [3, side, side] of one image, or what is wrong with it."""
         file = self.files[item]
         try:
             data = file.root.read(file.name)
@@ -63,7 +63,7 @@ class DecodedImages(Dataset):
 
 
 def decoded_batches(images: DecodedImages, *, batch: int, workers: int) -> DataLoader:
-    """Batches in order, decoded ahead: pixels uint8 [k, 3, S, S] or None, an error or None for each image, seconds of decoding."""
+    """Batches in order, decoded ahead: pixels uint8 [k, 3, side, side] or None, each image's error or None, seconds of decoding."""
     return DataLoader(images, batch_size=batch, num_workers=workers, collate_fn=_stack, worker_init_fn=_be_quiet)
 
 
@@ -75,7 +75,7 @@ def _be_quiet(_: int) -> None:
 def _stack(
     items: list[tuple[np.ndarray | PipelineError, float]],
 ) -> tuple[torch.Tensor | None, list[PipelineError | None], float]:
-    """Pixels uint8 [k, 3, S, S] of the images that could be decoded, each image's error, and the seconds of decoding."""
+    """Pixels uint8 [k, 3, side, side] of the images that could be decoded, each image's error, and the seconds of decoding."""
     pixels = [item for item, _ in items if isinstance(item, np.ndarray)]
     errors = [item if isinstance(item, PipelineError) else None for item, _ in items]
     return torch.from_numpy(np.stack(pixels)) if pixels else None, errors, sum(seconds for _, seconds in items)

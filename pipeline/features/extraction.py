@@ -1,10 +1,12 @@
 """Stage 1's work: every image of the data sets through the frozen encoder once, into shards.
 
-An image goes from bytes to pixels in worker processes (`decoded_batches`), from pixels to patch features in the encoder, and
-from there to its row of a shard (`write_shard`). Shards lie in a store that all experiments of a checkout share, linked into the
-stage's output, so an image whose features exist is never encoded again. The output depends on data and parameters only:
-images in order of first appearance, a fixed number to a shard, whatever was stored before. An image that cannot be decoded
-stops the run, or its row in the shard stays a hole: zeros under a hash of zeros, which no image has.
+An image goes from bytes to pixels uint8 [3, side, side] in worker processes (`decoded_batches`), from pixels to patch features
+[P, Dv] in the encoder, the CLS token dropped, and from there, as float16, to its row of a shard (`write_shard`).
+
+Shards lie in a store that all experiments of a checkout share, linked into the stage's output, so an image whose features
+exist is never encoded again. The output depends on data and parameters only: images in order of first appearance, a fixed
+number to a shard, whatever was stored before. An image that cannot be decoded stops the run, or its row in the shard stays a
+hole: zeros under a hash of zeros, which no image has.
 """
 
 import shutil
@@ -110,7 +112,7 @@ def extract(
 
 def _write(shard: NewShard, known: ShardSet, stream: "FeatureStream", encoder: Encoder) -> None:
     written = shard.hashes.copy()
-    batches = _batches(shard.stored, known, stream, written)  # which makes holes of bad ones in `written`
+    batches = _batches(shard.stored, known, stream, written)  # zeroes the hash of an image that turns out bad
     notes = {"relative_error": encoder.relative_error()}
     write_shard(shard.path, written, encoder.spec(), encoder.row_format, batches, notes=notes)
 

@@ -88,7 +88,7 @@ def measured_rows(dataset: Dataset, source: Source | Mixture) -> Iterator[Record
     digests, rows = Digests(source.images), source.records()
     if isinstance(dataset, HeldOut) and dataset.share:
         rows = Split(digests, share=dataset.share, seed=dataset.seed).records(rows, "heldout")
-    return (row for row in readable(rows, digests.decodable) if isinstance(row, Record))
+    return (row for row in readable(rows, digests.digest_of_decodable) if isinstance(row, Record))
 
 
 @contextmanager

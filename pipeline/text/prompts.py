@@ -22,12 +22,12 @@ class Prompt:
     Attributes:
         ids: int32 [T].
         spans: supervised (start, end) pairs, one for each of the assistant's turns, end exclusive.
-        images: start of each image's run of P placeholder ids, in the order of the record's images.
+        image_starts: start of each image's run of P placeholder ids, in the order of the record's images.
     """
 
     ids: np.ndarray
     spans: tuple[tuple[int, int], ...]
-    images: tuple[int, ...]
+    image_starts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,14 @@ class Prompts:
     Attributes:
         ids: int32 [sum of T]; `bounds` int64 [N + 1].
         spans: int32 [answers, 2], counted from the start of their prompt; `span_bounds` int64 [N + 1].
-        images: int32 [slots], likewise; `image_bounds` int64 [N + 1].
+        image_starts: int32 [slots], likewise; `image_bounds` int64 [N + 1].
     """
 
     ids: np.ndarray
     bounds: np.ndarray
     spans: np.ndarray
     span_bounds: np.ndarray
-    images: np.ndarray
+    image_starts: np.ndarray
     image_bounds: np.ndarray
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class Prompts:
                 for values, bounds in (
                     (self.ids, self.bounds),
                     (self.spans, self.span_bounds),
-                    (self.images, self.image_bounds),
+                    (self.image_starts, self.image_bounds),
                 )
             )
             yield Prompt(ids, tuple((start, end) for start, end in spans.tolist()), tuple(images.tolist()))
@@ -72,14 +72,14 @@ class Prompts:
     def of(cls, prompts: Sequence[Prompt]) -> "Prompts":
         """The same prompts in one piece."""
         spans = [pair for prompt in prompts for pair in prompt.spans]
-        images = [start for prompt in prompts for start in prompt.images]
+        images = [start for prompt in prompts for start in prompt.image_starts]
         return cls(
             np.concatenate([np.empty(0, ID), *(prompt.ids for prompt in prompts)]),
             to_bounds(len(prompt.ids) for prompt in prompts),
             np.array(spans, ID).reshape(-1, 2),
             to_bounds(len(prompt.spans) for prompt in prompts),
             np.array(images, ID),
-            to_bounds(len(prompt.images) for prompt in prompts),
+            to_bounds(len(prompt.image_starts) for prompt in prompts),
         )
 
 

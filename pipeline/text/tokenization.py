@@ -1,7 +1,9 @@
 """Stage 2's work: a data set's records -> its token table, streaming, in order, by several threads.
 
 A record holds a conversation's turns, texts and places of images, and the images' names. `PromptBuilder` makes of it token ids with
-P placeholders an image, the supervised spans and each image's first position; with the images' hashes that is a row of the table.
+P placeholders an image, the supervised spans and each image's first position. A row of the table: `ids` int32 [T], `spans`
+int32 [answers, 2], `image_start` int32 [k], `image_sha256` and `image_name` [k], and `where` it came from. An image's slot is its
+number among all images of the table, in order.
 Here it is decided which rows are used: those whose pictures can be read and decoded, on their side of a held-out part.
 Rows that are too long are cut, skipped or stop the stage, as the parameter says; what is refused is listed by file and
 line with the reason. An image is never cut, and a row always keeps at least one supervised token.
@@ -76,13 +78,13 @@ class RowTokenizer:
     """Records -> Arrow batches for one tokenizer, image root and length policy; used by several threads."""
 
     def __init__(
-        self, builder: PromptBuilder, images: Images, max_tokens: int, too_long: str, choice: RowFilter | None = None
+        self, builder: PromptBuilder, images: Images, max_tokens: int, too_long: str, rows: RowFilter | None = None
     ) -> None:
-        choice = choice or RowFilter()
+        rows = rows or RowFilter()
         self._builder, self._max, self.too_long = builder, max_tokens, too_long
-        self._digests = Digests(images, GoodImages(choice.good) if choice.good else None)
-        self._side = choice.side
-        self._new_split = partial(Split, self._digests, share=choice.share, seed=choice.seed)
+        self._digests = Digests(images, GoodImages(rows.good) if rows.good else None)
+        self._side = rows.side
+        self._new_split = partial(Split, self._digests, share=rows.share, seed=rows.seed)
 
     def __call__(self, rows: Sequence[Record | BadRow]) -> tuple[pa.RecordBatch, Summary]:
         """One chunk of records -> its rows and what became of them."""
@@ -90,7 +92,7 @@ class RowTokenizer:
         records = self._usable(rows, found)
         prompts = self._builder.build_batch([record.turns for record in records])
         records, prompts = self._fit(records, prompts, found)
-        found.rows, found.tokens, found.images = len(prompts), len(prompts.ids), len(prompts.images)
+        found.rows, found.tokens, found.images = len(prompts), len(prompts.ids), len(prompts.image_starts)
         found.supervised = int((prompts.spans[:, 1] - prompts.spans[:, 0]).sum(dtype=np.int64))
         found.longest = int(np.diff(prompts.bounds).max(initial=0))
         return self._arrow(records, prompts), found
@@ -100,7 +102,7 @@ class RowTokenizer:
             return records, prompts
         kept: list[tuple[Record, Prompt]] = []
         for record, prompt in zip(records, prompts, strict=True):
-            fitted, reason = fit(prompt, image_tokens=self._builder.tokens, max_tokens=self._max, too_long=self.too_long)
+            fitted, reason = fit_length(prompt, image_tokens=self._builder.tokens, max_tokens=self._max, too_long=self.too_long)
             found.cut += fitted is not None and fitted is not prompt
             if fitted is None:
                 found.too_long.append({"where": record.where, "reason": reason, "remedy": TOO_LONG})
@@ -116,7 +118,7 @@ class RowTokenizer:
         if split is not None and self._side is not None:
             dealt = split.records(rows, self._side)
         records: list[Record] = []
-        for row in readable(dealt, self._digests.decodable):
+        for row in readable(dealt, self._digests.digest_of_decodable):
             if isinstance(row, BadRow):
                 found.rejected.append(row)
             else:
@@ -131,11 +133,11 @@ class RowTokenizer:
     def _arrow(self, records: list[Record], prompts: Prompts) -> pa.RecordBatch:
         names = [name for record in records for name in record.images]
         slots = to_bounds(len(record.images) for record in records)
-        hashes = pa.py_buffer(b"".join(map(self._digests.decodable, names)))
+        hashes = pa.py_buffer(b"".join(map(self._digests.digest_of_decodable, names)))
         columns = [
             _lists(prompts.bounds, pa.array(prompts.ids)),
             _lists(2 * prompts.span_bounds, pa.array(prompts.spans.reshape(-1))),
-            _lists(prompts.image_bounds, pa.array(prompts.images)),
+            _lists(prompts.image_bounds, pa.array(prompts.image_starts)),
             _lists(slots, pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(names), [None, hashes])),
             _lists(slots, pa.array(names, pa.string())),
             pa.array([record.where for record in records], pa.string()),
@@ -143,16 +145,16 @@ class RowTokenizer:
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
-def fit(prompt: Prompt, *, image_tokens: int, max_tokens: int, too_long: str) -> tuple[Prompt | None, str]:
+def fit_length(prompt: Prompt, *, image_tokens: int, max_tokens: int, too_long: str) -> tuple[Prompt | None, str]:
     """A prompt as `tokenize.too_long` leaves it: itself, cut behind a supervised token, or None and why it is refused."""
     if len(prompt.ids) <= max_tokens:
         return prompt, ""
     reason = f"{len(prompt.ids)} tokens, tokenize.max_tokens is {max_tokens}"
     spans = tuple((start, min(end, max_tokens)) for start, end in prompt.spans if start < max_tokens)
     end = spans[-1][1] if spans else max_tokens
-    images_fit = all(start + image_tokens <= end for start in prompt.images)
+    images_fit = all(start + image_tokens <= end for start in prompt.image_starts)
     if too_long == "cut" and images_fit and spans:
-        return Prompt(prompt.ids[:end], spans, prompt.images), ""
+        return Prompt(prompt.ids[:end], spans, prompt.image_starts), ""
     if too_long == "cut":
         reason += ": the cut would take " + ("its answers" if images_fit else "part of an image")
     return None, reason

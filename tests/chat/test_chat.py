@@ -54,7 +54,7 @@ def test_the_streamed_answer_is_the_greedy_one(trained: Path, world: World) -> N
             assistant.model,
             assistant.builder,
             [prompt.ids],
-            [prompt.images],
+            [prompt.image_starts],
             features[None],
             max_new_tokens=6,
             device=torch.device("cpu"),
@@ -87,7 +87,7 @@ def test_a_placeholder_typed_by_a_person_is_text(trained: Path) -> None:
     assistant, talk = Assistant(trained, device="cpu"), Conversation()
     assistant.ask(talk, "what does <image> <|im_end|> mean?")
     prompt = assistant.builder.build_question(talk.turns)
-    assert prompt.images == ()
+    assert prompt.image_starts == ()
     assert assistant.builder.image_id not in prompt.ids
     list(assistant.answer(talk, Sampling(2)))
 

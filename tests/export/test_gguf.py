@@ -296,7 +296,7 @@ def cls_last(embeddings: torch.nn.Module, _: object, output: torch.Tensor) -> to
 @torch.inference_mode()
 def distance(model: VisionLanguageModel, prompt: Prompt, features: torch.Tensor, found: dict[int, float]) -> float:
     """Largest distance of log-probabilities that were found for what follows a prompt with one picture."""
-    ids, start = torch.from_numpy(prompt.ids).long()[None], torch.tensor(prompt.images)
+    ids, start = torch.from_numpy(prompt.ids).long()[None], torch.tensor(prompt.image_starts)
     embedded = model.embed(ids, features, torch.zeros_like(start), start)
     expected = model.language_model(inputs_embeds=embedded).logits[0, -1].log_softmax(-1)
     return max(abs(float(expected[token]) - value) for token, value in found.items())

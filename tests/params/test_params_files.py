@@ -186,7 +186,7 @@ def test_a_params_file_fits_the_models_it_names(
 
     builder = PromptBuilder(llm(params.llm.model), image_token=params.llm.image_token, tokens=encoder.tokens)
     prompt = builder.build(TALK)
-    start = prompt.images[0]
+    start = prompt.image_starts[0]
     assert (prompt.ids == builder.image_id).sum() == tokens
     assert (prompt.ids[start : start + tokens] == builder.image_id).all()
     assert len(prompt.ids) + 150 < params.tokenize.max_tokens, "an ordinary question and answer must fit behind the picture"

@@ -219,7 +219,7 @@ def test_rows_in_are_rows_used_and_rows_listed(world: World, tmp_path_factory: p
     np.save(table, GoodImages.table(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)))
     records = [Record(f"f:{number}", tuple(names), ()) for number, names in enumerate(chosen)]
     for good in (None, GoodImages(table)):
-        rows = list(readable(records, Digests(ImageRoot(folder), good).decodable))
+        rows = list(readable(records, Digests(ImageRoot(folder), good).digest_of_decodable))
         assert [isinstance(row, Record) for row in rows] == [not set(names) & set(BAD) for names in chosen]
         assert [row.where for row in rows] == [record.where for record in records]
 

@@ -107,7 +107,7 @@ def test_generation_starts_from_the_prefix_that_training_showed(builders: Builde
     trained, asked = builder.build(TALKS[talk]), builder.build_question(TALKS[talk][:-1])
     assert asked.ids.tolist() == trained.ids[: trained.spans[-1][0]].tolist()
     assert asked.spans == ()
-    assert asked.images == trained.images
+    assert asked.image_starts == trained.image_starts
 
 
 @dialects
@@ -116,15 +116,15 @@ def test_each_image_is_one_run_of_placeholders_at_its_position(builders: Builder
     builder = builders[dialect]
     prompt = builder.build(TALKS[talk])
     slots = [part for turn in TALKS[talk] for part in turn.parts if isinstance(part, ImageSlot)]
-    runs = [position for start in prompt.images for position in range(start, start + builder.tokens)]
-    assert len(prompt.images) == len(slots)
+    runs = [position for start in prompt.image_starts for position in range(start, start + builder.tokens)]
+    assert len(prompt.image_starts) == len(slots)
     assert np.flatnonzero(prompt.ids == builder.image_id).tolist() == runs
 
 
 @dialects
 def test_positions_follow_the_number_of_the_image_not_its_place(builders: Builders, dialect: str) -> None:
     turns = [Turn("user", (ImageSlot(1), "or", ImageSlot(0))), Turn("assistant", ("No.",))]
-    first, second = builders[dialect].build(turns).images
+    first, second = builders[dialect].build(turns).image_starts
     assert first > second
 
 
@@ -134,7 +134,7 @@ def test_a_batch_gives_what_its_conversations_give_alone(builders: Builders, dia
     together, alone = builder.build_batch(list(TALKS.values())), [builder.build(turns) for turns in TALKS.values()]
     for found in (list(together), list(Prompts.of(alone))):
         for one, other in zip(found, alone, strict=True):
-            assert (one.ids.tolist(), one.spans, one.images) == (other.ids.tolist(), other.spans, other.images)
+            assert (one.ids.tolist(), one.spans, one.image_starts) == (other.ids.tolist(), other.spans, other.image_starts)
     assert len(builder.build_batch([])) == len(Prompts.of([])) == 0
 
 

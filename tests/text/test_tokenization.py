@@ -46,7 +46,7 @@ def test_every_row_comes_back_as_it_was_built(world: World, png: Callable[[int],
         found = table.row(number)
         assert found.ids.tolist() == prompt.ids.tolist()
         assert [tuple(span) for span in found.spans.tolist()] == list(prompt.spans)
-        assert found.image_start.tolist() == list(prompt.images)
+        assert found.image_start.tolist() == list(prompt.image_starts)
         assert found.slots == range(next_slot, next_slot + len(record.images))
         assert [names[slot].as_py() for slot in found.slots] == list(record.images)
         assert [hashes[slot].tobytes() for slot in found.slots] == [digest(png(int(name[0]))) for name in record.images]

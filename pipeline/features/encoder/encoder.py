@@ -1,6 +1,6 @@
 """The frozen vision encoder: image bytes -> pixels -> patch features, the same way in every stage.
 
-Reads any CLIP or SigLIP checkpoint in Transformers' format. Image count I, patches P, vision width Dv come from it.
+Reads any CLIP or SigLIP checkpoint in Transformers' format; patches P and width Dv come from it. I is a number of images.
 A feature row's bits must not depend on who shares its batch, so the encoder always sees full batches of one size.
 """
 
@@ -45,7 +45,7 @@ def load_encoder(vision: Vision, *, device: torch.device, batch: int) -> "Encode
 
 
 class Encoder(nn.Module):
-    """A frozen vision tower: pixels uint8 [I, 3, S, S] -> patch features float16 [I, P, Dv], the CLS token dropped.
+    """A frozen vision tower: pixels uint8 [I, 3, side, side] -> patch features float16 [I, P, Dv], the CLS token dropped.
 
     Args:
         model, revision: a folder or a hub id in Transformers' format (CLIP or SigLIP family).
@@ -135,12 +135,12 @@ class Encoder(nn.Module):
         del self.tower
 
     def encode(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-        """uint8 [I, 3, S, S] -> float16 [I, P, Dv] on the CPU; `names` say whose row a non-finite value is in."""
+        """uint8 [I, 3, side, side] -> float16 [I, P, Dv] on the CPU; `names` say whose row a non-finite value is in."""
         return self.row_format.decode(self.encode_rows(pixels, names))
 
     @torch.inference_mode()
     def encode_rows(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-        """As `encode`, in the form that the store holds: [I, *rows.shape] on the CPU."""
+        """As `encode`, in the form that the store holds: [I, *row_format.shape] on the CPU."""
         return torch.cat(
             [
                 self._encode_batch(pixels[start : start + self.batch], names[start : start + self.batch])

@@ -11,7 +11,7 @@ from pipeline.records import DECODER, decode
 
 
 class Preprocessor:
-    """Image bytes -> uint8 pixels [3, S, S] for the encoder; normalisation is left to the device.
+    """Image bytes -> uint8 pixels [3, side, side] for the encoder; normalisation is left to the device.
 
     Pillow does the resizing on every machine: Transformers' other backend gives slightly different pixels.
     """

@@ -68,7 +68,7 @@ class Digests:
             _keep(self._known, name, found)
         return found
 
-    def decodable(self, name: str) -> bytes:
+    def digest_of_decodable(self, name: str) -> bytes:
         """The hash of one image; raises `ImageError` for one that cannot be read or decoded."""
         found = self._decoded.get(name)
         if found is None:

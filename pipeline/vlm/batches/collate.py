@@ -17,8 +17,10 @@ MULTIPLE = 8  # of tokens a batch is wide: few shapes, since oneDNN and compiler
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro-batch, right-padded. A row of it is a unit: as a rule one row of the token table, so that B conversations stand
-    below each other and nothing is shared; or several that show the same image, whose common beginning stands there once.
+    """A micro-batch, right-padded. Each of its rows is as a rule one row of the token table, a conversation.
+
+    Conversations about one image may share a row (`share_images`): what they begin with stands there once, then a branch of each.
+    On GPUs all may stand end to end in a single row (packed). One such row of conversations is called a unit.
 
     Attributes:
         ids: int64 [B, T], P placeholders where an image stands. Packed, B is 1 and the row holds all units.

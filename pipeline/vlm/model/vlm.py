@@ -58,7 +58,7 @@ class VisionLanguageModel(nn.Module):
             mask: Any = self._mask(branch) if document is None else block_mask(document, branch)
             extra = {"attention_mask": mask, "position_ids": batch.position}
         extra |= {"inputs_embeds": self.embed(batch.ids, features, batch.slot_row, batch.slot_start), "use_cache": False}
-        # the same loss for less work: see there
+        # the same loss for less work: see `pipeline.vlm.model.last_layer`
         with nullcontext() if self.router_trains else last_block_only_at(batch.loss_positions, self.language_model):
             return self._loss(batch, extra)
 

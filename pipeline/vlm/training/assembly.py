@@ -20,8 +20,8 @@ TOKENS = Path("data/tokens")
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """A training stage, ready to run.
+class TrainingRun:
+    """A training stage put together, ready to run.
 
     Attributes:
         name, start: what it is called, and the checkpoint it goes on from, if any.
@@ -61,7 +61,7 @@ class Stage:
         return make_model(self.params, self.training, self.encoder, self.precision, self.start)
 
 
-def assemble(params: StageParams, training: Training, *, dataset: Dataset, name: str, start: Path | None) -> Stage:
+def assemble(params: StageParams, training: Training, *, dataset: Dataset, name: str, start: Path | None) -> TrainingRun:
     """Everything that training on `dataset` needs; raises `PipelineError` for parts that do not fit each other."""
     accelerator, precision = _accelerate(params, training)
     device = accelerator.device  # one a process
@@ -89,7 +89,7 @@ def assemble(params: StageParams, training: Training, *, dataset: Dataset, name:
     )
     if training.features == "stored":
         encoder.drop_tower()
-    return Stage(
+    return TrainingRun(
         name=name,
         start=start,
         params=params,

@@ -1,5 +1,6 @@
 """One training loop for both training stages. What trains is set on the model before (`freeze`), and where patch features come
 from is the examples' feature source: the store or the live encoder. Here the two streams meet, once a micro-batch.
+The stored source goes from an image's slot to its hash to its row of the store, and gives float16 [S, P, Dv].
 
 accelerate owns the device, mixed precision and scaling. The loss of a step is the sum over its supervised tokens divided
 by their number, however the step is cut into micro-batches, so accumulating changes nothing but rounding.
@@ -113,7 +114,7 @@ class _Steps:
         with nullcontext() if self._sharded or micro.last else accelerator.no_sync(self._wrapped):
             with accelerator.autocast():
                 loss, router = self._wrapped(batch, features)
-            # gradients are averaged over processes, the loss is a sum over all of them
+            # weight: 1 / supervised tokens of the step; gradients are averaged over processes, the loss is a sum over all of them
             accelerator.backward(loss * (micro.weight * accelerator.num_processes) + router / micro.parts)
         self._total += loss.detach() * micro.weight
 
