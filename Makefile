@@ -34,7 +34,7 @@ test-all: $(BIN)/.installed
 	@python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 check: $(BIN)/.installed
-	@ruff check . && ruff format --check . && mypy && lint-imports
+	@ruff check . && ruff format --check . && mypy && lint-imports --no-logo
 
 lock: $(BIN)/.installed
 	@(echo "# Exact versions of everything \`make\` installs; pyproject.toml has the ranges. Renewed by \`make lock\`."; \
