@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on the embedded world, then one answered question
 # make test   the fast tests        make test-all   the slow ones too
-# make check  lint, format, types, floors   make lock       renew constraints.txt
+# make check  lint, format, types, floors  make lock      renew constraints.txt
+# make test-floor  the fast tests on the oldest torch and transformers that pyproject.toml allows
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,10 +9,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check lock clean
+.PHONY: help demo test test-all test-floor check lock clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -4
 
 # The stamp is newer than what decides the environment, so a second run installs nothing.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -33,6 +34,19 @@ test: $(BIN)/.installed
 test-all: $(BIN)/.installed
 	@python -m pytest -n 2 --dist loadfile -m "not gpu"
 
+FLOOR := .venv-floor
+floor_of = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\),.*/\1/p' pyproject.toml).*
+
+$(FLOOR)/.installed: pyproject.toml constraints.txt
+	@test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
+	@grep -vE '^(torch|transformers|tokenizers|huggingface)' constraints.txt > $(FLOOR)/constraints.txt
+	@echo "installing $(call floor_of,torch) and $(call floor_of,transformers) into $(FLOOR) (over 5 GB where torch comes with CUDA only)"
+	@$(FLOOR)/bin/pip install --quiet --disable-pip-version-check -c $(FLOOR)/constraints.txt "$(call floor_of,torch)" "$(call floor_of,transformers)" -e '.[dev]'
+	@touch $@
+
+test-floor: $(FLOOR)/.installed
+	@PATH=$(CURDIR)/$(FLOOR)/bin:$$PATH python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
 check: $(BIN)/.installed
 	@ruff check . && ruff format --check . && mypy && lint-imports --no-logo
 
@@ -41,4 +55,4 @@ lock: $(BIN)/.installed
 	  pip freeze --exclude-editable | sed 's/+cpu//') > constraints.txt
 
 clean:
-	rm -rf .venv .dvc/cache .dvc/tmp .dvc/features data/features data/features_* data/tokens models results
+	rm -rf .venv .venv-floor .dvc/cache .dvc/tmp .dvc/features data/features data/features_* data/tokens models results

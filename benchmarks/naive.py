@@ -21,7 +21,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 WORKERS = 8
 

@@ -18,7 +18,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoImageProcessor, CLIPVisionModel
+from transformers import CLIPVisionModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from benchmarks.naive import RECIPES, NaiveModel, Recipe, Rows, make_loader, masked_loss, train_naive
 from benchmarks.world import IMAGE_TOKEN, World

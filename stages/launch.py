@@ -13,13 +13,14 @@ import sys
 import tempfile
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.core import PipelineError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+SAID = "GLANCE_SAID"  # where the first process leaves its exit code
 TO_SAVE = 300  # seconds that processes have to end by themselves when a signal asks them to
 
 
@@ -35,6 +36,7 @@ def launch(module: str, processes: int) -> NoReturn:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with tempfile.TemporaryDirectory(prefix="glance-") as folder:
+        os.environ[SAID] = str(Path(folder) / "said")
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -45,7 +47,7 @@ def launch(module: str, processes: int) -> NoReturn:
             local_addr="127.0.0.1",
             max_restarts=0,
             signals_to_handle="SIGTERM,SIGINT,SIGHUP",
-            shutdown_timeout=TO_SAVE,
+            **_patience(LaunchConfig),
             logs_specs=DefaultLogsSpecs(folder, redirects=dict.fromkeys(range(1, processes), Std.ALL)),
         )
         try:
@@ -55,6 +57,11 @@ def launch(module: str, processes: int) -> NoReturn:
         except SignalException as error:
             sys.exit(130 if error.sigval == signal.SIGINT else 128 + int(error.sigval))
     sys.exit(0)
+
+
+def _patience(config: type) -> dict[str, Any]:
+    """`TO_SAVE` as an option of the launcher's config, where torch has it (from 2.12 on; before, processes have 30 seconds)."""
+    return {"shutdown_timeout": TO_SAVE} if "shutdown_timeout" in config.__dataclass_fields__ else {}  # type: ignore[attr-defined]
 
 
 def require_devices(processes: int, device: str) -> None:
@@ -103,7 +110,7 @@ def _report(failures: "dict[int, ProcessFailure]", folder: Path) -> int:
         for failure in failures.values():
             message = failure.message
             print(message["extraInfo"]["py_callstack"] if isinstance(message, dict) else message, file=sys.stderr)
-    elif rank:
+    elif rank and _code_said(folder) != first.exitcode:  # else the first process has said the same, and was stopped before it ended
         said = [line for path in folder.glob(f"*/*/{rank}/stderr.log") for line in path.read_text().splitlines()]
         print("\n".join([line for line in said if line.startswith("error: ")] or said), file=sys.stderr, flush=True)
     return first.exitcode
@@ -116,8 +123,18 @@ def _work(module: str) -> None:
     die_with_parent()
     try:
         record(runpy.run_module)(module, run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        if os.environ.get("RANK") == "0" and SAID in os.environ:
+            Path(os.environ[SAID]).write_text(str(error.code), encoding="utf-8")
+        raise
     except Exception:
         sys.exit(1)
+
+
+def _code_said(folder: Path) -> int | None:
+    """The exit code with which the first process has ended by itself, what it had to say being said; None while it has not."""
+    path = folder / "said"
+    return int(path.read_text(encoding="utf-8")) if path.exists() and path.read_text(encoding="utf-8").isdigit() else None
 
 
 if __name__ == "__main__":

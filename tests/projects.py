@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ TINY = [
     "runtime.device=cpu", "runtime.workers=0", "runtime.extract_batch=4", "pretrain.precision=float32",
     "sft.precision=float32", "pretrain.epochs=1", "pretrain.batch_size=4", "sft.batch_size=4", "evaluate.max_new_tokens=2",
 ]  # fmt: skip
+
+
+def with_path(*folders: Path) -> str:
+    """PYTHONPATH with these folders first: what was there may hold packages that this machine needs."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 class Project:

@@ -4,6 +4,7 @@ linear and mlp become `LlavaForConditionalGeneration` (arXiv 2310.03744), norm_m
 (arXiv 2312.00784), whose projector is the one with a LayerNorm in front. Shapes: Dv vision width, D hidden size.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator
 from copy import deepcopy
@@ -34,6 +35,7 @@ LAYERS: dict[str, dict[str, str]] = {
     "mlp": {"0": "linear_1", "2": "linear_2"},
     "norm_mlp": {"0": "projector_layernorm", "1": "linear_1", "3": "linear_2"},
 }
+LAYER_KEYS = ("vision_feature_layer", "vision_feature_layers")
 ACTIVATION = {"linear": "linear", "mlp": "gelu_pytorch_tanh", "norm_mlp": "gelu"}
 
 
@@ -142,6 +144,16 @@ def _canonical(name: str, inner: str, language_model: PreTrainedModel) -> str:
     raise PipelineError(f"LLaVA has no place for {name} of {type(language_model).__name__}", where="llm.model", code=ARTEFACT)
 
 
+def _save_config(config: PreTrainedConfig, folder: Path) -> None:
+    """config.json. VipLlava's key for the hidden state that counts was another up to Transformers 5.22: both are written."""
+    config.save_pretrained(folder)
+    if isinstance(config, VipLlavaConfig):
+        path = folder / "config.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content |= dict.fromkeys(LAYER_KEYS, getattr(config, LAYER_KEYS[0]))
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def write_model(source: Source, folder: Path, dtype: str) -> int:
     """config.json, generation_config.json and model.safetensors (or shards with an index); returns the parameter count."""
     config = build_config(source, dtype)
@@ -155,7 +167,7 @@ def write_model(source: Source, folder: Path, dtype: str) -> int:
         name: tensor.detach().to(DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in tensors.items()
     }
-    config.save_pretrained(folder)
+    _save_config(config, folder)
     build_generation_config(source).save_pretrained(folder)
     save_torch_state_dict(cast, folder, max_shard_size="5GB", metadata={"format": "pt"})
     for path in folder.glob("*.safetensors"):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
-from transformers import AutoImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pipeline.core import write_json
 from pipeline.export.source import Source

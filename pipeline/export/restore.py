@@ -13,7 +13,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedConfig, VipLlavaConfig
+from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedConfig, VipLlavaConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pipeline.core import ARTEFACT, PipelineError, brief, publish_folder
 from pipeline.export.llava import LAYERS

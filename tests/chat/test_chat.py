@@ -1,6 +1,7 @@
 """`python -m pipeline.chat`: one answer, a conversation, and mistakes told in one line."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 import typer
 from conftest import HIDDEN, WIDTH, World
+from projects import with_path
 from typer.testing import CliRunner, Result
 
 from pipeline.chat.__main__ import chat
@@ -119,7 +121,7 @@ def test_a_missing_model_names_the_command_that_makes_it(tmp_path: Path, argumen
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.chat", *arguments],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": with_path(root)},
         capture_output=True,
         text=True,
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, PATCHES, WIDTH, World
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.fingerprint import fingerprint

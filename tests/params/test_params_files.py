@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import CPU, train_tokenizer
 from transformers import (
-    AutoImageProcessor,
     AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
@@ -28,6 +27,7 @@ from transformers import (
     SiglipModel,
     SiglipVisionModel,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pipeline.core.errors import PipelineError
 from pipeline.features.encoder.encoder import Encoder

@@ -67,6 +67,12 @@ def test_what_only_reports_computes_nothing() -> None:
             assert all(reports(found) or is_below(found, "pipeline.core") for found in imported), module
 
 
+def test_a_stage_runs_where_dvc_is_not_installed() -> None:
+    everything = grimp.build_graph("pipeline", "stages", include_external_packages=True)
+    for stage in STAGES:
+        assert "dvc" not in everything.find_upstream_modules(f"stages.{stage}")
+
+
 def test_no_stage_imports_a_command() -> None:
     """.dvcignore leaves commands out of the folders that stages depend on."""
     for stage in STAGES:

@@ -1,10 +1,14 @@
 """Before processes are started: each needs a GPU of its own."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from pipeline.core.errors import PipelineError
-from stages.launch import require_devices
+from stages.launch import _report, require_devices
 
 
 @pytest.fixture
@@ -38,3 +42,18 @@ def test_a_gpu_that_is_asked_for_and_absent_is_refused_before_the_launch() -> No
     require_devices(2, "auto")
     with pytest.raises(PipelineError, match=r"runtime\.processes is 2, GPUs are 0.*set runtime\.device: auto"):
         require_devices(2, "cuda")
+
+
+@pytest.mark.parametrize(("said", "shown"), [("4", ""), ("5", "error: torn -> mend it\n"), (None, "error: torn -> mend it\n")])
+def test_what_the_first_process_has_said_is_not_said_again(
+    said: str | None, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second process fails first, and the first is stopped for it, having printed the same line already, or not."""
+    log = tmp_path / "run" / "attempt" / "1" / "stderr.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("a warning\nerror: torn -> mend it\n")
+    if said is not None:
+        (tmp_path / "said").write_text(said)
+    failures: Any = {1: SimpleNamespace(exitcode=4, timestamp=0)}
+    assert _report(failures, tmp_path) == 4
+    assert capsys.readouterr().err == shown

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from projects import with_path
 
 from pipeline.core.errors import PipelineError, exit_on_error
 from pipeline.core.files import link_or_copy, main_checkout, publish, publish_folder, remove_leftovers, write_json
@@ -37,7 +38,7 @@ def stage(name: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", f"stages.{name}"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": with_path(ROOT), "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -86,7 +87,7 @@ def test_a_stage_ends_when_dvc_is_killed(checkout: Path) -> None:
     (checkout / "data/features_meta").mkdir()
     (checkout / "data/features_meta/encoder.json").write_text('{"tokens": 64, "width": 128}')
     np.save(checkout / "data/features_meta/images.npy", np.empty((0, 32), np.uint8))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_ROOT": str(checkout)}
+    environment = {**os.environ, "PYTHONPATH": with_path(ROOT), "DVC_ROOT": str(checkout)}
     parent = subprocess.Popen(
         [sys.executable, "-c", code], cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pipeline.core.loading import unloadable
 from pipeline.records import DECODER, decode

@@ -25,8 +25,7 @@ class Batch:
     Attributes:
         ids: int64 [B, T], P placeholders where an image stands. Packed, B is 1 and the row holds all units.
         real: bool [B, T], positions that are not padding (only a mixture's router asks).
-        loss_mask: bool [B, T], positions whose next token is supervised.
-        loss_positions: int64 [supervised], the same as places among the B × T.
+        loss_positions: int64 [supervised], places among the B × T whose next token is supervised.
         labels: int64 [supervised], those next tokens, row by row.
         slots: int64 [S], the images in it: their numbers among all image slots of the token table, for a feature source.
         slot_row, slot_start: int64 [S], the row of each and the position of its first placeholder.
@@ -37,7 +36,6 @@ class Batch:
 
     ids: torch.Tensor
     real: torch.Tensor
-    loss_mask: torch.Tensor
     loss_positions: torch.Tensor
     labels: torch.Tensor
     slots: np.ndarray
@@ -47,6 +45,12 @@ class Batch:
     branch: torch.Tensor | None = None
     position: torch.Tensor | None = None
     document: torch.Tensor | None = None
+
+    @property
+    def loss_mask(self) -> torch.Tensor:
+        """bool [B, T], true at `loss_positions`."""
+        mask = torch.zeros(self.ids.numel(), dtype=torch.bool, device=self.ids.device)
+        return mask.index_fill(0, self.loss_positions, True).view(self.ids.shape)
 
     def to(self, device: torch.device) -> "Batch":
         """The same with its tensors on a device; `slots` stay with the CPU, which looks features up."""
@@ -92,7 +96,6 @@ def collate(
     return Batch(
         ids=torch.from_numpy(arrays.ids),
         real=torch.from_numpy(arrays.real),
-        loss_mask=torch.from_numpy(loss_mask),
         loss_positions=torch.from_numpy(np.flatnonzero(loss_mask)),
         labels=torch.from_numpy(arrays.ids[arrays.target]),
         slots=np.concatenate([np.arange(row.slots.start, row.slots.stop) for row in firsts]).astype(np.int64),

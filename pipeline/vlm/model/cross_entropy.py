@@ -1,14 +1,36 @@
-"""Cross-entropy over a large vocabulary without ever holding all of its logits."""
+"""Logits at supervised tokens only, and cross-entropy over a large vocabulary without ever holding all of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 MOST = 1 << 26  # logits at once: 256 MB in float32, and as much again for their gradient
 RESCALING = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # families that do more than a matrix product
+
+
+@contextmanager
+def logits_only_at(positions: torch.Tensor, language_model: PreTrainedModel) -> Iterator[None]:
+    """Within, the vocabulary projection sees positions [n] of the B × T: logits are [1, n, V], in the order of positions.
+
+    What a family does to its logits afterwards (scaling, a soft cap) it still does. `logits_to_keep` would take a mask only
+    from Transformers 5.21 on, and on a GPU the host would wait to count it.
+    """
+    head: Any = language_model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (at(inputs[0], positions)[None],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def at(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rows [n, D] of states [B, T, D] at positions [n] of the B × T."""
+    return states.flatten(0, 1).index_select(0, positions)
 
 
 def too_large(supervised: int, config: PretrainedConfig) -> bool:

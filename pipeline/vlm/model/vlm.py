@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pipeline.core.attention import GROUPED
 from pipeline.vlm.batches import Batch
 from pipeline.vlm.model.attention import branch_mask
-from pipeline.vlm.model.cross_entropy import chunked_cross_entropy, too_large
+from pipeline.vlm.model.cross_entropy import at, chunked_cross_entropy, logits_only_at, too_large
 from pipeline.vlm.model.language_model import hidden_size
 from pipeline.vlm.model.last_layer import last_block_only_at
 from pipeline.vlm.model.packed_attention import block_mask
@@ -64,13 +64,12 @@ class VisionLanguageModel(nn.Module):
 
     def _loss(self, batch: Batch, extra: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.router_trains and too_large(len(batch.labels), self.language_model.config):
-            states = self.language_model.get_decoder()(**extra).last_hidden_state[batch.loss_mask]  # [supervised, D]
+            states = at(self.language_model.get_decoder()(**extra).last_hidden_state, batch.loss_positions)  # [supervised, D]
             loss = chunked_cross_entropy(self.language_model.get_output_embeddings(), states, batch.labels)
             return loss, loss.new_zeros(())
-        # Transformers takes a bool [B, T] too, and gives the logits of those positions in order: [supervised, V]
-        output = self.language_model(logits_to_keep=batch.loss_mask, **extra)
-        logits = output.logits.reshape(-1, output.logits.shape[-1])
-        loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        with logits_only_at(batch.loss_positions, self.language_model):
+            output = self.language_model(**extra)
+        loss = F.cross_entropy(output.logits[0].float(), batch.labels, reduction="sum")  # logits [1, supervised, V]
         router = getattr(output, "aux_loss", None) if self.router_trains else None
         return loss, loss.new_zeros(()) if router is None else router * self.language_model.config.router_aux_loss_coef
 
