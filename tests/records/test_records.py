@@ -1,6 +1,6 @@
 """What a row becomes: both spellings give one record, slots are numbered through the turns, lines are named as editors count.
 
-Every kind of bad row is in tests/test_formats_{faults,damage}.py, for every container that can hold it.
+Every kind of bad row is in test_formats_faults.py and test_formats_damage.py, for every container that can hold it.
 """
 
 import json
