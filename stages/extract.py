@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 
 from pipeline.core import PipelineError, main_checkout, publish, publish_folder, to_json
-from pipeline.core.devices import pick_device, use_fast_float32
+from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_device, use_fast_float32
 from pipeline.features import Encoder, Extraction, Processes, distinct_images, extract, load_encoder
 from pipeline.params import StageParams
 from pipeline.records import GoodImages, Mixture, Source, good_rows, open_dataset, picture_is_used
@@ -27,10 +27,11 @@ from stages.run import run_stage
 def main(params: StageParams) -> dict[str, Any]:
     vision, runtime = params.vision, params.runtime
     skip, missing = params.data.on_error == "skip", list[PipelineError]()
-    files, hashes = distinct_images(_wanted(params), threads=max(1, runtime.workers), missing=missing if skip else None)
-    use_fast_float32()
     device, processes = _processes(pick_device(runtime.device))
-    encoder = load_encoder(vision, device=device, batch=runtime.extract_batch)
+    workers, batch = pick_workers(runtime.workers, processes=processes.ranks), pick_batch(runtime.extract_batch, device)
+    files, hashes = distinct_images(_wanted(params), threads=max(1, workers), missing=missing if skip else None)
+    use_fast_float32()
+    encoder = load_encoder(vision, device=device, batch=batch)
     done = extract(
         files,
         hashes,
@@ -38,7 +39,7 @@ def main(params: StageParams) -> dict[str, Any]:
         stores=[main_checkout() / store for store in runtime.feature_stores],
         out=Path("data/features"),
         shard_rows=vision.shard_rows,
-        workers=runtime.workers,
+        workers=workers,
         skip=skip,
         processes=processes,
     )
@@ -51,6 +52,7 @@ def main(params: StageParams) -> dict[str, Any]:
 def _processes(device: torch.device) -> tuple[torch.device, Processes]:
     """This process's own device and its place among all, where a launcher has started several."""
     if "RANK" not in os.environ:
+        use_device(device)
         return device, Processes()
     state = PartialState(cpu=device.type == "cpu")
     return state.device, Processes(state.process_index, state.num_processes, state.wait_for_everyone)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from pipeline.core import PipelineError, brief
-from pipeline.core.devices import pick_device, use_fast_float32
+from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_fast_float32
 from pipeline.features import Float16Format, Int8Format, RowFormat, load_encoder, row_bytes
 from pipeline.params import LanguageModel, Params
 
@@ -85,10 +85,13 @@ def _measure(params: Params, samples: list[bytes]) -> Rate:
     """Decoding and encoding timed apart: in the stage one hides behind the other."""
     vision, runtime = params.vision, params.runtime
     use_fast_float32()
-    encoder = load_encoder(vision, device=pick_device(runtime.device), batch=runtime.extract_batch)
+    encoder = load_encoder(
+        vision, device=pick_device(runtime.device), batch=pick_batch(runtime.extract_batch, pick_device(runtime.device))
+    )
+    workers = pick_workers(runtime.workers)
     began = time.perf_counter()
     pixels = [encoder.preprocess(data, where="sample") for data in samples]
-    decoding = (time.perf_counter() - began) / len(samples) / max(1, runtime.workers)
+    decoding = (time.perf_counter() - began) / len(samples) / max(1, workers)
     batch = torch.from_numpy(np.stack([pixels[i % len(pixels)] for i in range(encoder.batch)]))
     names = ["sample"] * encoder.batch
     encoder.encode_rows(batch, names)
@@ -96,5 +99,5 @@ def _measure(params: Params, samples: list[bytes]) -> Rate:
     for _ in range(BATCHES):
         encoder.encode_rows(batch, names)
     encoding = (time.perf_counter() - began) / (BATCHES * encoder.batch)
-    seconds = max(decoding, encoding) if runtime.workers else decoding + encoding
+    seconds = max(decoding, encoding) if workers else decoding + encoding
     return Rate(1 / max(seconds, 1e-9), f"measured on {len(samples)} of these pictures")

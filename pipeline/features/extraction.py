@@ -95,7 +95,7 @@ def extract(
     plan = plan_shards(images, hashes, encoder, folders, shard_rows, skip=skip)
     processes.wait()  # nobody writes before all have seen the same store, or a shard may be nobody's
     if processes.is_first:
-        _announce(len(files), plan.encode, sum(len(shard.stored) for shard in plan.todo), encoder, folders[0])
+        _announce(len(files), plan.encode, sum(len(shard.stored) for shard in plan.todo), encoder, folders[0], workers)
     mine = plan.todo[processes.rank :: processes.ranks]
     wanted = np.concatenate([np.empty(0, np.int64), *(shard.fresh for shard in mine)])
     chosen = [files[i] for i in wanted.tolist()], hashes[wanted]
@@ -151,13 +151,14 @@ def _make_output(out: Path, shards: list[Path], spec: dict[str, Any], hashes: np
     write_json(out / INDEX, {"shards": listed, "spec": spec})
 
 
-def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Path) -> None:
+def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Path, workers: int) -> None:
     """Say what it will cost before anything is spent."""
     row, kind = row_bytes(encoder.row_format), "int8" if encoder.row_format.constants else "float16"
     free = shutil.disk_usage(folder).free
     print(
         f"extract: {images:,} images × [{encoder.tokens}, {encoder.width}] {kind} = {images * row / 1e9:.2f} GB; "
-        f"{images - encode:,} known, {encode:,} to encode; {free / 1e9:.0f} GB free",
+        f"{images - encode:,} known, {encode:,} to encode; {free / 1e9:.0f} GB free; "
+        f"{encoder.batch} images a call on {encoder.device}, {workers} decoding processes",
         flush=True,
     )
     need = write * (row + 40)

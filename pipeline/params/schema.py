@@ -22,6 +22,15 @@ def _switch(value: Any) -> Any:
 Switch = Annotated[bool | Literal["auto"], PlainValidator(_switch)]
 
 
+def _auto_or_at_least(least: int) -> PlainValidator:
+    def check(value: Any) -> Any:
+        if value == "auto" or (type(value) is int and value >= least):  # true is no number
+            return value
+        raise ValueError(f"expected a number of at least {least}, or auto")
+
+    return PlainValidator(check)
+
+
 class Section(BaseModel):
     """A part of params.yaml: no unknown keys, no coercion ("1" is not 1, true is not 1), immutable."""
 
@@ -147,9 +156,9 @@ class Runtime(Section):
     processes: Positive
     fsdp: bool
     compile: bool
-    workers: Count
+    workers: Annotated[int | Literal["auto"], _auto_or_at_least(0)]
     tokenize_workers: Positive
-    extract_batch: Positive
+    extract_batch: Annotated[int | Literal["auto"], _auto_or_at_least(1)]
     feature_stores: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     live_cache_mb: Count
     save_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)]

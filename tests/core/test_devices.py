@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.core.devices import DTYPES, autocast, peak_memory_gb, pick_device, pick_precision
+from pipeline.core.devices import (
+    DTYPES,
+    autocast,
+    peak_memory_gb,
+    pick_batch,
+    pick_device,
+    pick_precision,
+    pick_workers,
+    use_fast_float32,
+)
 from pipeline.core.errors import PipelineError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -74,3 +83,17 @@ def test_peak_memory_is_the_largest_this_process_has_held_in_gb() -> None:
     if sys.platform == "linux":
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         assert after == pytest.approx(int(status["VmHWM"].split()[0]) * 1024 / 1e9, rel=0.05)
+
+
+def test_auto_follows_the_device_and_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [pick_batch("auto", torch.device(name)) for name in ("cpu", "cuda")] == [16, 256]
+    assert pick_batch(7, torch.device("cuda")) == 7
+    for cores, processes, workers in ((1, 1, 2), (2, 1, 2), (16, 1, 14), (64, 8, 7)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert pick_workers("auto", processes=processes) == workers
+    assert pick_workers(0) == 0
+
+
+def test_float32_is_float32_in_convolutions_too() -> None:
+    use_fast_float32()
+    assert not torch.backends.cudnn.allow_tf32

@@ -127,7 +127,17 @@ def test_a_value_of_the_wrong_type_or_range_is_named(key: str, value: Any) -> No
         return  # layers count from the end
     if key.endswith(".share_images") and value is True:
         return  # true, false or auto
+    if key in ("runtime.workers", "runtime.extract_batch") and value == 1 and value is not True:
+        return  # a number or auto
     assert f": {key}" in complaint(changed(key, value))
+
+
+@pytest.mark.parametrize("key", ["runtime.workers", "runtime.extract_batch"])
+@pytest.mark.parametrize("value", [-1, 1.5, True, None, "many"])
+def test_what_may_be_auto_is_auto_or_a_number(key: str, value: Any) -> None:
+    assert f"{key}: expected a number of at least {int(key.endswith('batch'))}, or auto" in complaint(changed(key, value))
+    for right in ("auto", 1, 64):
+        check(changed(key, right), where="params.yaml")
 
 
 @pytest.mark.parametrize("section", SECTIONS)

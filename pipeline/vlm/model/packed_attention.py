@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from pipeline.vlm.batches import BLOCK
+from pipeline.vlm.batches.packing import BLOCK, LENGTHS
 
 PACKED = "packed"
 NARROWEST = 16  # head width that the kernel takes
@@ -62,7 +62,13 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+    """The kernel; one is made for each of the few lengths, forward and backward.
+
+    Past its limit of programs torch would go on with attention that is not fused and holds all [T, T] scores, without a word;
+    with `fullgraph` it is an error.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * LENGTHS)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def packed_attention(

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from pipeline.core.devices import pick_device, pick_precision, use_fast_float32
+from pipeline.core.devices import pick_batch, pick_device, pick_precision, use_device, use_fast_float32
 from pipeline.features import Encoder, load_encoder
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.text import PromptBuilder, TokenTable
@@ -65,7 +65,7 @@ def assemble(params: StageParams, training: Training, *, dataset: Dataset, name:
     """Everything that training on `dataset` needs; raises `PipelineError` for parts that do not fit each other."""
     accelerator, precision = _accelerate(params, training)
     device = accelerator.device  # one a process
-    encoder = load_encoder(params.vision, device=device, batch=params.runtime.extract_batch)
+    encoder = load_encoder(params.vision, device=device, batch=pick_batch(params.runtime.extract_batch, device))
     table, heldout = TokenTable(TOKENS / f"{name}.arrow"), TokenTable(TOKENS / "heldout.arrow", limit=params.evaluate.limit)
     builder = make_builder(params, encoder, table, heldout)
     if start is not None:
@@ -110,6 +110,7 @@ def _accelerate(params: StageParams, training: Training) -> tuple[Accelerator, s
     """accelerate, set up and seeded, and the precision to compute in."""
     device = pick_device(params.runtime.device)
     precision = pick_precision(training.precision, device)
+    use_device(device)
     accelerator = Accelerator(mixed_precision=MIXED[precision], cpu=device.type == "cpu")
     use_fast_float32()
     set_seed(training.seed)

@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from pipeline.core import main_checkout, publish
+from pipeline.core.devices import pick_workers
 from pipeline.features import NoFeatures
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.vlm.batches import Execution
@@ -86,7 +87,7 @@ def _train(run: TrainingRun, state: TrainingState, measured: Heldout | None) -> 
     before = frozen_digest(model)
     execution = Execution(
         name=run.name,
-        threads=max(1, runtime.workers),
+        threads=max(1, pick_workers(runtime.workers, processes=run.accelerator.num_processes)),
         sharded=run.sharded,
         packed=run.attention == PACKED,
         compiled=runtime.compile,
