@@ -2,7 +2,7 @@
 
 encoder      the frozen vision tower and its pixels          store        rows of patch features on disk
 distinct     the distinct pictures of data sets              decoding     pictures decoded by worker processes
-extraction   every picture, once, into the store
+shard_plan   which shards and rows are new                extraction   every picture, once, into the store
 sources      what training asks for features: the store or the live encoder
 `python -m pipeline.features verify|info|show` looks after a store.
 """

@@ -2,7 +2,8 @@
 
 schedule   a run's numbers                        plan       rows of each step, steps cut into micro-batches
 sharing    rows that begin with the same image    packing    rows end to end, on GPUs
-collate    rows -> one `Batch`                    loader     a run's micro-batches, made ahead
+examples   a table and its feature source          collate    rows -> one `Batch`
+loader     a run's micro-batches, made ahead
 """
 
 from pipeline.vlm.batches.collate import Batch
