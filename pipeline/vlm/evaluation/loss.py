@@ -26,13 +26,13 @@ def heldout_loss(
     if even:
         most = max(len(split_by_tokens(rows, sharing, micro_tokens, rank=number, ranks=ranks)) for number in range(ranks))
         parts += [[rows[:1]]] * (most - counted)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     hidden = not accelerator.is_main_process
     loaded = examples.source.stream(made for _, made in prefetch(parts, examples.load))
     bar = tqdm(loaded, total=len(parts), desc="held-out loss", unit="batch", mininterval=0.5, disable=hidden)
     for number, (batch, features) in enumerate(bar):
         with accelerator.autocast():
             loss, _ = model(batch.to(accelerator.device), features.to(accelerator.device))
-        total += float(loss) if number < counted else 0.0
-    summed = accelerator.reduce(torch.tensor(total, dtype=torch.float64, device=accelerator.device), "sum")
-    return float(summed) / int(examples.table.supervised.sum())
+        if number < counted:
+            total += loss.double()  # added up on the device, which nothing waits for
+    return float(accelerator.reduce(total, "sum")) / int(examples.table.supervised.sum())

@@ -123,12 +123,13 @@ class _Steps:
         total, schedule, step = self.accelerator.reduce(self._total, "sum"), self._schedule, len(self.history)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         norm = full_tensor(self.accelerator.clip_grad_norm_(trained, schedule.clip_norm))
-        require_finite(total, norm, step, schedule, where, scaled=self.accelerator.scaler is not None)
+        loss, length = torch.stack([total, norm.to(total.dtype)]).tolist()  # one wait for the device a step
+        require_finite(loss, length, step, schedule, where, scaled=self.accelerator.scaler is not None)
         lr = float(self._scheduler.get_last_lr()[0])
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self.history.append({"step": step, "epoch": epoch, "loss": float(total), "lr": lr, "grad_norm": float(norm)})
+        self.history.append({"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": length})
 
     def call_back(self, callbacks: Callbacks, progress: Progress, *, last: bool) -> None:
         """After an update: figures out, held-out loss measured where it is due, the state saved where it is time."""

@@ -1,5 +1,7 @@
 """What a step changes the weights with: AdamW, its learning rate's schedule, and a stop before a step that is no number."""
 
+import math
+
 import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
@@ -29,15 +31,15 @@ def make_scheduler(
     )
 
 
-def require_finite(loss: torch.Tensor, norm: torch.Tensor, step: int, schedule: Schedule, where: str, *, scaled: bool) -> None:
+def require_finite(loss: float, norm: float, step: int, schedule: Schedule, where: str, *, scaled: bool) -> None:
     """Raises `PipelineError` naming the batch for a loss or gradient norm that is not finite.
 
     `scaled`: a gradient scaler is at work, which skips overflowing steps itself.
     """
-    if torch.isfinite(loss) and (scaled or torch.isfinite(norm)):
+    if math.isfinite(loss) and (scaled or math.isfinite(norm)):
         return
     raise PipelineError(
-        f"loss {float(loss):g}, gradient norm {float(norm):g} at step {step} (lr {schedule.lr:g})",
+        f"loss {loss:g}, gradient norm {norm:g} at step {step} (lr {schedule.lr:g})",
         where=f"batch with {where}",
         remedy="lower lr or set precision: float32",
         code=NUMERIC,
