@@ -2,6 +2,7 @@
 # make test   the fast tests        make test-all   the slow ones too
 # make check  lint, format, types, floors  make lock      renew constraints.txt
 # make test-floor  the fast tests on the oldest torch and transformers that pyproject.toml allows
+# make test-gpu    what means something on a GPU only, and what must hold there too; with the python on PATH where no .venv is
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,10 +10,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor check lock clean
+.PHONY: help demo test test-all test-floor test-gpu check lock clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 # The stamp is newer than what decides the environment, so a second run installs nothing.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -46,6 +47,10 @@ $(FLOOR)/.installed: pyproject.toml constraints.txt
 
 test-floor: $(FLOOR)/.installed
 	@PATH=$(CURDIR)/$(FLOOR)/bin:$$PATH python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
+# GPU machines come with torch and without a network: nothing is installed.
+test-gpu:
+	@python -m pytest tests/gpu
 
 check: $(BIN)/.installed
 	@ruff check . && ruff format --check . && mypy && lint-imports --no-logo

@@ -28,9 +28,11 @@ BATCHES = {"one": [0], "two in a row": [2], "one twice in a row": [3], "one in t
            "every row": list(range(11)), "every row, backwards": list(range(10, -1, -1))}  # fmt: skip
 
 
-def loss_and_gradient(world: World, model: VisionLanguageModel, source: FeatureSource, rows: list[int]) -> list[torch.Tensor]:
+def loss_and_gradient(
+    world: World, model: VisionLanguageModel, source: FeatureSource, rows: list[int], device: torch.device = CPU
+) -> list[torch.Tensor]:
     batch = collate(world.table, np.array(rows), image_id=world.builder.image_id, tokens=source.tokens)
-    loss, _ = model(batch, source.features(source.load(batch.slots)))
+    loss, _ = model(batch.to(device), source.features(source.load(batch.slots)).to(device))
     parameters = list(model.projector.parameters())
     if not loss.requires_grad:
         return [loss]

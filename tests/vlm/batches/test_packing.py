@@ -5,6 +5,7 @@ it has no kernel for it. The fixture `backward_on_cpu` lifts that refusal and ch
 """
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,23 +47,33 @@ def backward_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 Found = tuple[float, dict[str, torch.Tensor]]
 
 
-def losses(world: World, table: TokenTable, sharing: Sharing, parts: list[list[np.ndarray]], *, attention: str, pack: int) -> Found:
-    model = world.model("all")
+def losses(
+    world: World,
+    table: TokenTable,
+    sharing: Sharing,
+    parts: list[list[np.ndarray]],
+    *,
+    attention: str,
+    pack: int,
+    llm: Path | None = None,
+    device: torch.device = CPU,
+) -> Found:
+    model = world.model("all", llm=llm).to(device)
     model.language_model.set_attn_implementation(attention)
-    source, total = StoredFeatures(world.store, table), torch.zeros((), dtype=torch.float64)
+    source, total = StoredFeatures(world.store, table, device), torch.zeros((), dtype=torch.float64, device=device)
     for units in parts:
         batch = collate(table, units, image_id=world.builder.image_id, tokens=PATCHES, sharing=sharing, pack=pack)
         assert (batch.document is not None) == bool(pack)
-        total = total + model(batch, source.features(source.load(batch.slots)))[0]
+        total = total + model(batch.to(device), source.features(source.load(batch.slots)))[0]
     total.backward()
-    return float(total.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return float(total.detach()), {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(found: Found, expected: Found) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+def assert_same(found: Found, expected: Found, *, loss: float = 1e-6, gradient: float = 1e-5) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=loss)
     assert found[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        assert float((gradient - found[1][name]).norm() / gradient.norm().clamp(min=1e-9)) < 1e-5, name
+    for name, wanted in expected[1].items():
+        assert float((wanted - found[1][name]).norm() / wanted.norm().clamp(min=1e-9)) < gradient, name
 
 
 @pytest.mark.usefixtures("backward_on_cpu")

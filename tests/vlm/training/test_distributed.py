@@ -131,13 +131,18 @@ def encode(images: ImageRoot, clip: Path, out: Path, shard_rows: int, processes:
     return encoder.__dict__.get("seen", [])
 
 
+def world_of(folder: Path, llm: Path) -> World:
+    """The tests' world as another process has left it in a folder, without an encoder."""
+    builder = PromptBuilder(str(llm), image_token="<image>", tokens=PATCHES)
+    table, store = TokenTable(folder / "rows.arrow"), FeatureStore(folder / "features")
+    return World(folder, ImageRoot(folder / "images"), None, builder, table, store, llm)  # type: ignore[arg-type]
+
+
 def main(folder: Path) -> None:
     """What each process does: every case, its results under `folder`/case/rank."""
     torch.set_num_threads(1)
     paths = {name: Path(path) for name, path in json.loads((folder / "paths.json").read_text()).items()}
-    builder = PromptBuilder(str(paths["llm"]), image_token="<image>", tokens=PATCHES)
-    table, store = TokenTable(paths["world"] / "rows.arrow"), FeatureStore(paths["world"] / "features")
-    world = World(paths["world"], ImageRoot(paths["world"] / "images"), None, builder, table, store, paths["llm"])  # type: ignore[arg-type]
+    world = world_of(paths["world"], paths["llm"])
     accelerator = Accelerator(cpu=True)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     for name, case in CASES.items():
