@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on the embedded world, then one answered question
 # make test   the fast tests        make test-all   the slow ones too
 # make check  lint, format, types, floors  make lock      renew constraints.txt
+# make bench-gpu  what one card makes of it, in eight minutes (benchmarks/README.md)
 # make test-floor  the fast tests on the oldest torch and transformers that pyproject.toml allows
 # make test-gpu    what means something on a GPU only, and what must hold there too; with the python on PATH where no .venv is
 
@@ -10,10 +11,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor test-gpu check lock clean
+.PHONY: help demo test test-all test-floor test-gpu bench-gpu check lock clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 # The stamp is newer than what decides the environment, so a second run installs nothing.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -51,6 +52,9 @@ test-floor: $(FLOOR)/.installed
 # GPU machines come with torch and without a network: nothing is installed.
 test-gpu:
 	@python -m pytest tests/gpu
+# .venv's python where there is one, else the first on PATH: a machine with a card brings its own torch
+bench-gpu:
+	@python -m benchmarks.gpu
 
 check: $(BIN)/.installed
 	@ruff check . && ruff format --check . && mypy && lint-imports --no-logo

@@ -100,17 +100,22 @@ def training_loop(folder: Path) -> Iterator[Epoch]:
     """What the training loop waits for: the feature source, run ahead of its consumer."""
     source = StoredFeatures(FeatureStore(folder), TokenTable(folder / "tokens.arrow"))
 
+    def epoch(batches: Sequence[np.ndarray], _out: np.ndarray) -> Iterator[np.ndarray]:
+        for loaded in loaded_ahead(source, batches, THREADS):
+            yield source.features(loaded).numpy()
+
+    yield epoch
+
+
+def loaded_ahead(source: StoredFeatures, batches: Sequence[np.ndarray], threads: int) -> Iterator[torch.Tensor]:
+    """Batches of slots, announced and read ahead as the training loop has it: rows as they are stored, in host memory."""
+
     def prepare(rows: np.ndarray) -> np.ndarray:
         source.announce(rows)
         return rows
 
-    def epoch(batches: Sequence[np.ndarray], _out: np.ndarray) -> Iterator[np.ndarray]:
-        announced = prefetch(batches, prepare, depth=THREADS + 1)
-        prepared = prefetch((rows for rows, _ in announced), source.load, depth=THREADS, threads=THREADS)
-        for _, loaded in prepared:
-            yield source.features(loaded).numpy()
-
-    yield epoch
+    announced = prefetch(batches, prepare, depth=threads + 1)
+    return (loaded for _, loaded in prefetch((rows for rows, _ in announced), source.load, depth=threads, threads=threads))
 
 
 @contextmanager

@@ -7,13 +7,21 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from benchmarks.sides import Turn
 from benchmarks.world import World
 from pipeline.core.errors import RESOURCE, PipelineError
+
+T = TypeVar("T")
+
+
+def rotated(sides: list[T], number: int) -> list[T]:
+    """The order of round `number`: in each another side goes first."""
+    at = number % len(sides)
+    return sides[at:] + sides[:at]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +59,7 @@ class Bench:
         """Every side once in each round; the order rotates."""
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         for number in range(self.rounds):
-            order = list(sides.items())
-            at = number % len(order)
-            for name, turn in order[at:] + order[:at]:
+            for name, turn in rotated(list(sides.items()), number):
                 found[name].append(self.run(turn))
                 seconds = found[name][-1].get("seconds", 0.0)
                 self.console.print(f"[dim]round {number + 1}/{self.rounds}  {name}  {seconds:.1f} s[/dim]", highlight=False)

@@ -98,7 +98,7 @@ def build(folder: Path, *, models: list[str], rows: int, pictures: int, tiny: bo
     """Make a world: captions as `rows` over `pictures` pictures in turn, and ten questions on each of them."""
     quiet_libraries()
     world, rng = World(folder), random.Random(0)
-    words = _words(rng)
+    words = make_words(rng)
     tokenizer = train_tokenizer(words, rng)
     torch.manual_seed(0)
     for name in models:
@@ -111,22 +111,22 @@ def build(folder: Path, *, models: list[str], rows: int, pictures: int, tiny: bo
     CLIPModel(CLIPConfig(vision_config=vision, text_config=text)).save_pretrained(world.clip)
     CLIPImageProcessorPil().save_pretrained(world.clip)  # its defaults are CLIP's: 224, bicubic, centre crop
     _write_pictures(world.images, pictures)
-    sentences = _sentences(tokenizer, words, rng)
+    sentences = make_sentences(tokenizer, words, rng)
     shown = [i % pictures for i in range(rows)], [i // QUESTIONS for i in range(QUESTIONS * pictures)]
     captions = [(f"{rng.choice(PROMPTS)}\n<image>", sentences[i % len(sentences)]) for i in range(len(shown[0]))]
     asked = [(_sentence(words, rng.randint(6, 12), rng), _sentence(words, rng.randint(1, 3), rng)) for _ in shown[1]]
-    _write_rows(world.records("captions"), shown[0], captions)
-    _write_rows(world.records("questions"), shown[1], [(f"<image>\n{question}", answer) for question, answer in asked])
+    write_rows(world.records("captions"), shown[0], captions)
+    write_rows(world.records("questions"), shown[1], [(f"<image>\n{question}", answer) for question, answer in asked])
     encoder = Encoder(str(world.clip), device=torch.device("cpu"), batch=16)
     for table in ("captions", "questions"):
-        _tokenise(world, table, world.llm(models[0]), encoder.tokens)
+        tokenise_rows(world, table, world.llm(models[0]), encoder.tokens)
     files, hashes = distinct_images([(ImageRoot(world.images), [f"{i}.jpg" for i in range(pictures)])])
     done = extract(files, hashes, encoder, stores=[folder / "store"], out=world.features, shard_rows=4096, workers=2)
     write_json(folder / "facts.json", {"extract_images_per_second": round(done.encoded / done.seconds, 3)})
     return world
 
 
-def _words(rng: random.Random) -> list[str]:
+def make_words(rng: random.Random) -> list[str]:
     """Three thousand words that nobody has used, the frequent ones short."""
     syllables = [start + vowel + end for start in "bdfgklmnprstvz" for vowel in "aeiou" for end in ("", "n", "r", "s", "l")]
     words = {"".join(rng.choices(syllables, k=1 + number // 600)) for number in range(3000)}
@@ -153,7 +153,7 @@ def train_tokenizer(words: list[str], rng: random.Random) -> PreTrainedTokenizer
     )
 
 
-def _sentences(tokenizer: PreTrainedTokenizerFast, words: list[str], rng: random.Random) -> list[str]:
+def make_sentences(tokenizer: PreTrainedTokenizerFast, words: list[str], rng: random.Random) -> list[str]:
     """Captions whose length in tokens is spread evenly from the shortest to the longest."""
     found: list[str] = []
     for number in range(512):
@@ -178,16 +178,18 @@ def _write_pictures(folder: Path, count: int) -> None:
         Image.fromarray(np.clip(soft + grain, 0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
 
 
-def _write_rows(path: Path, pictures: list[int], spoken: list[tuple[str, str]]) -> None:
+def write_rows(path: Path, pictures: list[int], spoken: list[tuple[str, str]]) -> None:
+    """A conversation of one question and its answer to each picture, in the project's record format."""
     with path.open("w", encoding="utf-8") as file:
         for picture, (question, answer) in zip(pictures, spoken, strict=True):
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"conversations": turns, "image": f"{picture}.jpg"}) + "\n")
 
 
-def _tokenise(world: World, table: str, llm: Path, tokens: int) -> None:
+def tokenise_rows(world: World, table: str, llm: Path, tokens: int, *, images: ImageRoot | None = None) -> None:
+    """The token table of a file of records, for a tokenizer and so many placeholders a picture."""
     builder = PromptBuilder(str(llm), image_token=IMAGE_TOKEN, tokens=tokens)
-    tokenizer = RowTokenizer(builder, ImageRoot(world.images), 1536, "stop")
+    tokenizer = RowTokenizer(builder, images or ImageRoot(world.images), 1536, "stop")
     records = RowPolicy("stop", 0).keep(open_source(SourceSpec(str(world.records(table)))).records())
     batches = tokenize(records, tokenizer, Summary(), workers=1, progress=lambda _: None)
     write_tokens(world.tokens(table), batches, builder.spec())
