@@ -78,6 +78,13 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def numbered(device: torch.device) -> torch.device:
+    """A device with its number: `cuda` is the GPU that is current."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def use_fast_float32() -> None:
     """Float32 as float32 everywhere, and as fast as that goes.
 

@@ -31,7 +31,6 @@ from pipeline.vlm.training.callbacks import Callbacks
 
 # float32 sums of a few hundred terms; products in TF32 or bfloat16 are wrong by 3e-4 and more
 TRUE_FLOAT32 = 2e-5
-TF32_CONVOLUTION = pytest.mark.xfail(ON_GPU, reason="cuDNN's convolution is TF32 unless told otherwise", strict=False)
 
 
 def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -50,7 +49,6 @@ def exact_states(encoder: Encoder, folder: Path, pixels: torch.Tensor) -> tuple[
     return states[:, states.shape[1] - encoder.tokens :], patches
 
 
-@TF32_CONVOLUTION
 @pytest.mark.parametrize("family", ["clip", "siglip", pytest.param("clip-b16", marks=NEEDS_GPU)])
 def test_an_encoder_in_float32_computes_in_float32(towers: dict[str, Path], family: str) -> None:
     """Against float64: the patch embedding, which is a convolution, and the whole tower."""

@@ -106,7 +106,6 @@ def test_cards_are_accepted_by_number() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.xfail(reason="accelerate chooses the first card, whatever runtime.device says", strict=False)
 def test_the_second_card_trains_where_it_is_asked_for(embedded: Embedded, capsys: pytest.CaptureFixture[str]) -> None:
     embedded.set(*SMALL, "runtime.device=cuda:1")
     stages(embedded, "extract", "tokenize", "pretrain")

@@ -98,7 +98,6 @@ def test_the_host_does_not_wait_for_the_card_before_a_steps_end(world: World, pa
 
 
 @needs_gpu
-@pytest.mark.xfail(reason="require_finite and the history read the loss and the norm twice each", strict=False)
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_a_step_ends_with_one_read(world: World, precision: str) -> None:
     _, at_end = waits_of_a_run(world, Execution(packed=True), precision)

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from pipeline.core.devices import pick_batch, pick_device, pick_precision, use_device, use_fast_float32
+from pipeline.core.devices import numbered, pick_batch, pick_device, pick_precision, use_device, use_fast_float32
 from pipeline.features import Encoder, load_encoder
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.text import PromptBuilder, TokenTable
@@ -80,7 +80,7 @@ def assemble(params: StageParams, training: Training, *, dataset: Dataset, name:
     attention = _set_attention(model, device, (table, heldout), (shared, heldout_shared))
     accelerator.print(
         f"{name}: {counts['projector']:,} projector and {counts['language_model']:,} language-model parameters train, "
-        f"{counts['frozen']:,} are frozen; {len(table):,} rows, features {training.features}, {precision} on {device}",
+        f"{counts['frozen']:,} are frozen; {len(table):,} rows, features {training.features}, {precision} on {numbered(device)}",
         flush=True,
     )
     cache = params.runtime.live_cache_mb * 1_000_000
