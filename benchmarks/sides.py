@@ -229,7 +229,7 @@ def extract_ours(world: World, turn: Turn) -> Result:
     encoder, files = Encoder(str(world.clip), precision=turn.precision, device=CPU, batch=EXTRACT_BATCH), _files(world, turn.rows)
     names = [file.name for file in files[:EXTRACT_BATCH]]
     pixels = torch.from_numpy(np.stack([encoder.preprocess(file.read_bytes(), where=file.name) for file in files[:EXTRACT_BATCH]]))
-    plain = Encoder(str(world.clip), precision="float32", device=CPU, batch=1)  # prepacked products are not counted
+    plain = Encoder(str(world.clip), precision="float32", device=CPU, batch=1)  # a call is filled up to its batch
     with FlopCounterMode(display=False) as counter:  # multiplications and additions count one each
         plain.encode(pixels[:1], names[:1])
     del plain

@@ -164,6 +164,7 @@ def assert_gone(family: list[psutil.Process]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_launcher_that_is_stopped_or_killed_leaves_no_process(alone: Path, project: Path, number: signal.Signals) -> None:
     take(alone, project)
+    set_params(project, "pretrain.epochs=200")  # so that it is not over before the signal, however busy the machine is
     running = stage("pretrain", project, TMPDIR=str(project))  # a killed launcher leaves its folder
     family = stop_after(running, project, 2, number)
     assert len(family) > RANKS
