@@ -12,7 +12,7 @@ from pipeline.core import PipelineError
 from pipeline.core.devices import autocast, pick_device, pick_precision
 from pipeline.features import Encoder
 from pipeline.records import ImageError, ImageSlot, Turn
-from pipeline.text import Prompt, PromptBuilder
+from pipeline.text import Prompt, PromptBuilder, image_tokens
 from pipeline.vlm.model import GREEDY, checkpoint, generate
 
 
@@ -63,7 +63,8 @@ class Assistant:
         llm = str(folder) if manifest.own_llm else manifest.llm["model"]
         revision = "" if manifest.own_llm else manifest.llm["revision"]
         image_token = manifest.llm["image_token"]
-        self.builder = PromptBuilder(llm, revision=revision, image_token=image_token, tokens=self.encoder.tokens)
+        tokens = image_tokens(self.encoder.tokens, manifest.merging[1])
+        self.builder = PromptBuilder(llm, revision=revision, image_token=image_token, tokens=tokens)
         self.context = getattr(self.model.language_model.config, "max_position_embeddings", None)
 
     def look(self, path: str | Path) -> torch.Tensor:

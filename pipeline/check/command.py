@@ -18,7 +18,7 @@ from pipeline.check.terminal import clean, open_console, show
 from pipeline.core import BAD_ROWS, PipelineError, exit_on_error, make_folder, quiet_libraries
 from pipeline.params import Dataset, Params, load
 from pipeline.records import Source, SourceSpec, open_dataset
-from pipeline.text import PromptBuilder
+from pipeline.text import PromptBuilder, image_tokens
 
 SETS = ("pretrain", "sft", "heldout")
 EXTRACTED = ("pretrain", "heldout")  # what the stage extract reads
@@ -67,7 +67,7 @@ def _check(asked: Asked, params: Params) -> None:
     subjects = open_all(asked, params)  # all of them first: a misspelt name ends it before an hour of reading
     shape, builder, problem = _load_builder(params)
     settings = Settings(builder, params.tokenize, not asked.headers_only, EXAMPLES if asked.html else 0)
-    model = Model(params.tokenize, shape, context_of(params.llm), problem)
+    model = Model(params.tokenize, shape, context_of(params.llm), problem, params.projector.factor)
     console, reports = open_console(), []
     for subject in subjects:
         with tqdm(desc=f"check {clean(subject.title)}", unit="row", mininterval=0.5, leave=False, disable=None) as bar:
@@ -125,7 +125,8 @@ def _load_builder(params: Params) -> tuple[Shape | None, PromptBuilder | None, s
     try:
         shape = encoder_shape(params)
         llm = params.llm
-        builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=shape.tokens)
+        tokens = image_tokens(shape.tokens, params.projector.factor)
+        builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens)
     except PipelineError as error:
         return shape, None, error.line()
     return shape, builder, ""

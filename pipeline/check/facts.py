@@ -28,6 +28,7 @@ class Model:
     shape: Shape | None
     context: int | None
     problem: str = ""  # why there is no tokenizer
+    factor: int = 1  # of projector: so many times so many patches are one token
 
 
 def facts(report: Report, model: Model) -> list[Fact]:
@@ -102,7 +103,7 @@ def _lengths(report: Report, model: Model) -> list[Fact]:
     if model.problem:
         found = [Fact("letters", _spread(counts.lengths))]
         return [*found, Fact("", f"tokens are not counted: {model.problem}", "note")]
-    each = f"; {model.shape.tokens:,} stand for a picture" if model.shape and report.slots else ""
+    each = f"; {model.shape.tokens // model.factor**2:,} stand for a picture" if model.shape and report.slots else ""
     found = [Fact("tokens", f"{counts.tokens:,}; {_spread(counts.lengths)}{each}")]
     context = f"; the model's context is {model.context:,}" if model.context else ""
     found.append(Fact("", f"tokenize.max_tokens is {limits.max_tokens:,}{context}"))

@@ -62,6 +62,16 @@ class Source:
         """The projector's kind (see `pipeline.vlm.model.projector`)."""
         return str(self.manifest.projector["kind"])
 
+    def refuse_merging(self, target: str) -> None:
+        """Raises `PipelineError` where `target` has no place for merged patches."""
+        merge, factor = self.manifest.merging
+        if merge != "none":
+            raise PipelineError(
+                f"{target} has no place for a projector that merges patches ({merge}, {factor} × {factor})",
+                where="projector.merge",
+                remedy="train with projector.merge: none, projector.factor: 1",
+            )
+
     @property
     def depth(self) -> int:
         """How many of the encoder's layers features have passed; the tower may or may not hold those behind them."""

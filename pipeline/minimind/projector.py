@@ -70,6 +70,9 @@ def read_projector(tensors: Tensors, hidden: int, *, where: str) -> Projector:
 
 def to_minimind(projector: nn.Sequential, kind: str) -> Tensors:
     """Our projector's tensors by MiniMind-V's names; raises `PipelineError` for a kind that MiniMind-V never had."""
+    if "merge" in dict(projector.named_children()):
+        remedy = "train with projector.merge: none, projector.factor: 1"
+        raise PipelineError("MiniMind-V has no projector that merges patches", where="projector.merge", remedy=remedy)
     if kind not in PREFIXES:
         remedy = f"train with projector.kind: {', '.join(PREFIXES)}"
         raise PipelineError(f"MiniMind-V has no projector of kind {kind}", where="projector.kind", remedy=remedy)

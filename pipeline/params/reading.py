@@ -38,6 +38,9 @@ def check(content: dict[str, Any], *, where: str) -> Params:
         raise _explain(error, where) from None
     if params.vision.precision == "float16" and params.runtime.device == "cpu":
         raise PipelineError("vision.precision float16 needs a GPU", where=where, remedy="use auto")
+    if params.projector.merge == "none" and params.projector.factor > 1:
+        problem = f"projector.factor is {params.projector.factor}, but projector.merge is none"
+        raise PipelineError(problem, where=where, remedy="set projector.merge: shuffle or pool")
     for name, stage in (("pretrain", params.pretrain), ("sft", params.sft)):
         if stage.keep == "best" and not params.evaluate.every:
             remedy = "set evaluate.every: the steps between two held-out losses"

@@ -122,6 +122,8 @@ class Tokenize(Section):
 
 class Projector(Section):
     kind: Literal["linear", "mlp", "mlp3x", "norm_mlp"]
+    merge: Literal["none", "shuffle", "pool"]
+    factor: Annotated[int, Field(ge=1, le=4)]
 
 
 class Training(Section):

@@ -103,6 +103,7 @@ MATRIX = [
     pytest.param(["runtime.extract_batch=7", "runtime.eval_batch=5"], [], id="throughput"),
     pytest.param(["vision.layer=-2"], ["extract", "pretrain", "sft"], id="same token count"),
     pytest.param(["vision.model=data/models/coarse"], ALL, id="other token count"),
+    pytest.param(["projector.merge=shuffle", "projector.factor=2"], ["tokenize", "pretrain", "sft"], id="fewer image tokens"),
     pytest.param(["projector.kind=linear"], ["pretrain", "sft"], id="projector", marks=pytest.mark.slow),
     pytest.param(["tokenize.max_tokens=300"], ["tokenize"], id="same tokens", marks=pytest.mark.slow),
     pytest.param(["data.limit=20"], ALL, id="fewer rows", marks=pytest.mark.slow),

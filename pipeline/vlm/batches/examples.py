@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.features import FeatureSource
-from pipeline.text import TokenTable
+from pipeline.text import TokenTable, image_tokens
 from pipeline.vlm.batches.collate import Batch, collate
 from pipeline.vlm.batches.sharing import Sharing, no_sharing
 
@@ -20,12 +20,14 @@ class Examples:
     Attributes:
         image_id: the placeholder token's id.
         shared: rows that share their beginning (see `pipeline.vlm.batches.sharing`); None = every row for itself.
+        factor: factor x factor patches are one token of the language model.
     """
 
     table: TokenTable
     source: FeatureSource
     image_id: int
     shared: Sharing | None = None
+    factor: int = 1
 
     @cached_property
     def sharing(self) -> Sharing:
@@ -34,7 +36,8 @@ class Examples:
 
     def collate(self, units: Sequence[np.ndarray], *, pack: int = 0) -> Batch:
         """Units of rows -> one batch (see `pipeline.vlm.batches.collate`)."""
-        return collate(self.table, units, image_id=self.image_id, tokens=self.source.tokens, sharing=self.sharing, pack=pack)
+        tokens = image_tokens(self.source.tokens, self.factor)
+        return collate(self.table, units, image_id=self.image_id, tokens=tokens, sharing=self.sharing, pack=pack)
 
     def load(self, units: Sequence[np.ndarray]) -> tuple[Batch, Any]:
         """A batch and what its features need (see `FeatureSource.load`)."""

@@ -31,7 +31,7 @@ class Manifest:
     Attributes:
         vision: model, revision, layer of the encoder, and `spec`, what its features depend on.
         llm: model, revision and image_token of the language model the run started from.
-        projector: kind, width (Dv), hidden (D).
+        projector: kind, width (Dv), hidden (D); merge and factor where patches are merged.
         own_llm: whether the folder holds a trained language model.
     """
 
@@ -39,6 +39,11 @@ class Manifest:
     llm: dict[str, str]
     projector: dict[str, Any]
     own_llm: bool
+
+    @property
+    def merging(self) -> tuple[str, int]:
+        """`projector.merge` and `projector.factor`."""
+        return str(self.projector.get("merge", "none")), int(self.projector.get("factor", 1))
 
 
 def save(folder: Path, model: VisionLanguageModel, manifest: Manifest, builder: PromptBuilder) -> None:
@@ -84,7 +89,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Vis
     manifest = read_manifest(folder)
     shape = manifest.projector
     try:
-        projector = build_projector(shape["kind"], int(shape["width"]), int(shape["hidden"]))
+        projector = build_projector(shape["kind"], int(shape["width"]), int(shape["hidden"]), *manifest.merging)
     except (KeyError, TypeError, ValueError) as error:
         raise PipelineError(
             f"not a model: {brief(error)}", where=str(Path(folder) / MANIFEST), remedy="dvc repro -f", code=ARTEFACT

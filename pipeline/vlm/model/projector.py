@@ -3,9 +3,12 @@
 Sizes: width is Dv, the encoder's; hidden is D, the language model's.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 from torch import nn
+
+from pipeline.vlm.model.merge import build_merge
 
 
 def _linear(width: int, hidden: int) -> nn.Sequential:
@@ -39,8 +42,15 @@ PROJECTORS: dict[str, Callable[[int, int], nn.Sequential]] = {
 }
 
 
-def build_projector(kind: str, width: int, hidden: int) -> nn.Sequential:
-    """Patch features [.., Dv] -> token embeddings [.., D]; raises ValueError for a kind that there is not."""
+def build_projector(kind: str, width: int, hidden: int, merge: str = "none", factor: int = 1) -> nn.Sequential:
+    """Patch features [S, P, Dv] -> token embeddings [S, P / factor², D]; ValueError for a kind or merge that there is not.
+
+    Merging has no weights and the layers keep their numbers, so a projector's tensors are named alike with and without it.
+    """
     if kind not in PROJECTORS:
         raise ValueError(f"unknown projector kind {kind!r}")
-    return PROJECTORS[kind](width, hidden)
+    merging, wide = build_merge(merge, factor, width)
+    layers = PROJECTORS[kind](wide, hidden)
+    if merging is None:
+        return layers
+    return nn.Sequential(OrderedDict([("merge", merging), *layers.named_children()]))

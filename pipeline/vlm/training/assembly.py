@@ -100,8 +100,8 @@ def assemble(params: StageParams, training: Training, *, dataset: Dataset, name:
         builder=builder,
         model=model.to(device),
         attention=attention,
-        examples=Examples(table, source, builder.image_id, shared),
-        heldout=Examples(heldout, heldout_source, builder.image_id, heldout_shared),
+        examples=Examples(table, source, builder.image_id, shared, params.projector.factor),
+        heldout=Examples(heldout, heldout_source, builder.image_id, heldout_shared, params.projector.factor),
         halved=halved,
     )
 

@@ -1,6 +1,7 @@
 """The parts of a training stage, as params name them: prompt builder, model, feature sources, and which rows share an image."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,7 +10,7 @@ from pipeline.core import ARTEFACT, PipelineError
 from pipeline.features import Encoder, FeatureSource, FeatureStore, LiveFeatures, StoredFeatures
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.records import open_dataset
-from pipeline.text import PromptBuilder, TokenTable
+from pipeline.text import PromptBuilder, TokenTable, image_tokens
 from pipeline.vlm.batches import PAYS, Sharing, find_sharing
 from pipeline.vlm.model import (
     VisionLanguageModel,
@@ -26,12 +27,12 @@ STORE = Path("data/features")
 
 def make_builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> PromptBuilder:
     """The builder of `llm`; raises `PipelineError` for a table that another one made."""
-    llm = params.llm
-    builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=encoder.tokens)
+    llm, tokens = params.llm, image_tokens(encoder.tokens, params.projector.factor)
+    builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens)
     for table in tables:
         if table.spec != builder.spec():
             raise PipelineError(
-                f"was made for another tokenizer, template or encoder than {llm.model}",
+                f"was made for another tokenizer, template, encoder or projector.factor than {llm.model}",
                 where=str(table.path),
                 remedy="dvc repro tokenize",
                 code=ARTEFACT,
@@ -45,12 +46,18 @@ def make_model(
     """Frozen weights are held in bfloat16 where the hardware computes in it; weights that train stay float32."""
     frozen = training.train == "projector" and precision == "bfloat16"
     dtype = torch.bfloat16 if frozen else torch.float32
-    kind = params.projector.kind
+    shape = params.projector
     if start is None:
         language_model = load_language_model(params.llm.model, revision=params.llm.revision, dtype=dtype)
-        projector = build_projector(kind, encoder.width, hidden_size(language_model))
+        projector = build_projector(shape.kind, encoder.width, hidden_size(language_model), shape.merge, shape.factor)
         return VisionLanguageModel(projector, language_model)
     return checkpoint.load(start, dtype=dtype)[0]
+
+
+def projector_shape(params: StageParams) -> dict[str, Any]:
+    """What a checkpoint says of its projector beside its widths; merging only where there is any."""
+    shape = params.projector
+    return {"kind": shape.kind} | ({} if shape.factor == 1 else {"merge": shape.merge, "factor": shape.factor})
 
 
 def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, start: Path) -> None:
@@ -61,6 +68,10 @@ def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, s
     problem = remedy = ""
     if kind != params.projector.kind:
         problem, remedy = f"has a {kind} projector", f"set projector.kind: {kind}"
+    elif projector_shape(params) != {key: manifest.projector[key] for key in manifest.projector.keys() - {"width", "hidden"}}:
+        merge, factor = manifest.merging
+        problem = f"was trained with projector.merge: {merge}, projector.factor: {factor}"
+        remedy = f"set projector.merge: {merge}, projector.factor: {factor}"
     elif differ:
         problem = f"was trained on other features than {params.vision.model} gives ({', '.join(differ)})"
         stored = trained.get("storage", "float16")
@@ -68,7 +79,7 @@ def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, s
     elif not manifest.own_llm and (manifest.llm["model"], manifest.llm["revision"]) != (llm.model, llm.revision):
         problem, remedy = f"was trained for {manifest.llm['model']}", f"set llm.model: {manifest.llm['model']}"
     elif manifest.own_llm:
-        own = PromptBuilder(str(start), image_token=llm.image_token, tokens=encoder.tokens)
+        own = PromptBuilder(str(start), image_token=llm.image_token, tokens=builder.tokens)
         if own.tokenizer.get_vocab() != builder.tokenizer.get_vocab():
             problem, remedy = f"its vocabulary is not that of {llm.model}", f"set llm.model: {start}"
     if problem:

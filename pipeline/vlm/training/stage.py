@@ -22,6 +22,7 @@ from pipeline.vlm.training.assembly import TrainingRun, assemble
 from pipeline.vlm.training.callbacks import Callbacks, step_callback
 from pipeline.vlm.training.checkpointing import Checkpointer
 from pipeline.vlm.training.loop import train
+from pipeline.vlm.training.parts import projector_shape
 from pipeline.vlm.training.state import TrainingState
 
 History = list[dict[str, float]]
@@ -52,7 +53,7 @@ def _training_state(run: TrainingRun) -> TrainingState:
         "schedule": asdict(run.schedule),
         "train": training.train,
         "share_images": run.examples.shared is not None,
-        "projector": params.projector.kind,
+        "projector": projector_shape(params),
         "precision": run.precision,
         "encoder": run.encoder.spec(),
         "tokens": _file_digest(run.examples.table.path),
@@ -125,7 +126,7 @@ def _save(run: TrainingRun, model: VisionLanguageModel, history: History, measur
             "spec": run.encoder.spec(),
         },
         llm={"model": llm.model, "revision": llm.revision, "image_token": llm.image_token},
-        projector={"kind": run.params.projector.kind, "width": run.encoder.width, "hidden": model.hidden_size},
+        projector=projector_shape(run.params) | {"width": run.encoder.width, "hidden": model.hidden_size},
         own_llm=run.training.train != "projector" or (start is not None and checkpoint.read_manifest(start).own_llm),
     )
     checkpoint.save(Path("models") / run.name, model, manifest, run.builder)
