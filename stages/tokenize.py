@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from pipeline.core import ARTEFACT, BAD_ROWS, PipelineError, brief, publish_folder
+from pipeline.core import ARTEFACT, BAD_ROWS, PipelineError, brief, merged_tokens, publish_folder
 from pipeline.params import Data, StageParams
 from pipeline.records import Mixture, Source, as_arrow, open_dataset, row_policy, side_of
-from pipeline.text import PromptBuilder, RowFilter, RowTokenizer, Summary, TokenTable, image_tokens, tokenize, write_tokens
+from pipeline.text import PromptBuilder, RowFilter, RowTokenizer, Summary, TokenTable, tokenize, write_tokens
 from stages.run import run_stage
 
 SPLITS = ("pretrain", "sft", "heldout")
@@ -27,7 +27,7 @@ META = Path("data/features_meta")
 def main(params: StageParams) -> dict[str, Any]:
     meta = _read_meta(META / "encoder.json")
     llm, limits = params.llm, params.tokenize
-    tokens = image_tokens(meta["tokens"], params.projector.factor)
+    tokens = merged_tokens(meta["tokens"], params.projector.factor)
     builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens)
     figures: dict[str, Any] = {}
     sources = {split: open_dataset(getattr(params.data, split), limit=params.data.limit) for split in SPLITS}

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from transformers import TextIteratorStreamer
 
-from pipeline.core import PipelineError
+from pipeline.core import PipelineError, merged_tokens
 from pipeline.core.devices import autocast, pick_device, pick_precision
 from pipeline.features import Encoder
 from pipeline.records import ImageError, ImageSlot, Turn
-from pipeline.text import Prompt, PromptBuilder, image_tokens
+from pipeline.text import Prompt, PromptBuilder
 from pipeline.vlm.model import GREEDY, checkpoint, generate
 
 
@@ -51,6 +51,7 @@ class Assistant:
             layer=vision["layer"],
             precision="auto" if vision["spec"]["precision"] == "float16" else vision["spec"]["precision"],
             storage=vision["spec"].get("storage", "float16"),
+            pool=int(vision["spec"].get("pool", 1)),
             device=self.device,
             batch=1,
         )
@@ -63,7 +64,7 @@ class Assistant:
         llm = str(folder) if manifest.own_llm else manifest.llm["model"]
         revision = "" if manifest.own_llm else manifest.llm["revision"]
         image_token = manifest.llm["image_token"]
-        tokens = image_tokens(self.encoder.tokens, manifest.merging[1])
+        tokens = merged_tokens(self.encoder.tokens, manifest.merging[1])
         self.builder = PromptBuilder(llm, revision=revision, image_token=image_token, tokens=tokens)
         self.context = getattr(self.model.language_model.config, "max_position_embeddings", None)
 

@@ -15,10 +15,10 @@ from pipeline.check.facts import Model, cost
 from pipeline.check.page import write_page
 from pipeline.check.survey import Report, Settings, Subject, survey
 from pipeline.check.terminal import clean, open_console, show
-from pipeline.core import BAD_ROWS, PipelineError, exit_on_error, make_folder, quiet_libraries
+from pipeline.core import BAD_ROWS, PipelineError, exit_on_error, make_folder, merged_tokens, quiet_libraries
 from pipeline.params import Dataset, Params, load
 from pipeline.records import Source, SourceSpec, open_dataset
-from pipeline.text import PromptBuilder, image_tokens
+from pipeline.text import PromptBuilder
 
 SETS = ("pretrain", "sft", "heldout")
 EXTRACTED = ("pretrain", "heldout")  # what the stage extract reads
@@ -125,7 +125,7 @@ def _load_builder(params: Params) -> tuple[Shape | None, PromptBuilder | None, s
     try:
         shape = encoder_shape(params)
         llm = params.llm
-        tokens = image_tokens(shape.tokens, params.projector.factor)
+        tokens = merged_tokens(shape.tokens, params.projector.factor)
         builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens)
     except PipelineError as error:
         return shape, None, error.line()

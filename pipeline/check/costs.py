@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from pipeline.core import PipelineError, brief
+from pipeline.core import PipelineError, brief, merged_tokens
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_fast_float32
 from pipeline.features import Float16Format, Int8Format, RowFormat, load_encoder, row_bytes
 from pipeline.params import LanguageModel, Params
@@ -43,7 +43,8 @@ def encoder_shape(params: Params, meta: Path = Path("data/features_meta/encoder.
     try:
         config: Any = AutoConfig.from_pretrained(vision.model, revision=vision.revision or "main", trust_remote_code=False)
         config = getattr(config, "vision_config", config)
-        tokens, width = (config.image_size // config.patch_size) ** 2, config.hidden_size
+        patches, width = (config.image_size // config.patch_size) ** 2, config.hidden_size
+        tokens = merged_tokens(patches, vision.pool, where="vision.pool", off="vision.pool: 1")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         try:
             found = json.loads(meta.read_text(encoding="utf-8"))

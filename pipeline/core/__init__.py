@@ -16,6 +16,7 @@ from pipeline.core.files import (
     write_json,
 )
 from pipeline.core.fingerprint import fingerprint
+from pipeline.core.grid import merged_tokens
 from pipeline.core.prefetch import prefetch
 from pipeline.core.quiet import quiet_libraries
 
@@ -33,6 +34,7 @@ __all__ = [
     "link_or_copy",
     "main_checkout",
     "make_folder",
+    "merged_tokens",
     "prefetch",
     "publish",
     "publish_folder",

@@ -65,6 +65,8 @@ class Source:
     def refuse_merging(self, target: str) -> None:
         """Raises `PipelineError` where `target` has no place for merged patches."""
         merge, factor = self.manifest.merging
+        if pool := self.manifest.vision["spec"].get("pool"):
+            raise PipelineError(f"{target} has no place for features pooled {pool} × {pool}", remedy="train with vision.pool: 1")
         if merge != "none":
             raise PipelineError(
                 f"{target} has no place for a projector that merges patches ({merge}, {factor} × {factor})",

@@ -106,6 +106,7 @@ class Vision(Section):
     layer: int
     precision: Precision
     storage: Literal["float16", "int8"]
+    pool: Annotated[int, Field(ge=1, le=4)]
     shard_rows: Positive
 
 

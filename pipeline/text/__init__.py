@@ -2,11 +2,9 @@
 
 builder        one tokenizer and its chat template         prompts        ids, spans and image positions put together
 tokenization   a data set's records -> its table           token_table    the table, read through a memory map
-merging        how many placeholders stand for an image
 """
 
 from pipeline.text.builder import PromptBuilder
-from pipeline.text.merging import image_tokens
 from pipeline.text.prompts import Prompt
 from pipeline.text.token_table import Row, TokenTable, write_tokens
 from pipeline.text.tokenization import TOO_LONG, RowFilter, RowTokenizer, Summary, fit_length, tokenize
@@ -21,7 +19,6 @@ __all__ = [
     "Summary",
     "TokenTable",
     "fit_length",
-    "image_tokens",
     "tokenize",
     "write_tokens",
 ]

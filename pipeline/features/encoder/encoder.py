@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.core import ARTEFACT, NUMERIC, PipelineError
+from pipeline.core import ARTEFACT, NUMERIC, PipelineError, merged_tokens
 from pipeline.core.attention import GROUPED
 from pipeline.core.devices import DTYPES, autocast, pick_precision
+from pipeline.core.grid import mean_of_blocks
 from pipeline.features.encoder.preprocess import Preprocessor
 from pipeline.features.encoder.tower import keep_layers, load_tower
 from pipeline.features.store.row_format import (
@@ -39,6 +40,7 @@ def load_encoder(vision: Vision, *, device: torch.device, batch: int) -> "Encode
         layer=vision.layer,
         precision=vision.precision,
         storage=vision.storage,
+        pool=vision.pool,
         device=device,
         batch=batch,
     )
@@ -52,6 +54,7 @@ class Encoder(nn.Module):
         layer: index into the hidden states; -1 is the tower's last hidden state.
         precision: auto, float32, bfloat16 or float16 (autocast over float32 weights).
         storage: float16 or int8; `encode` rounds as the store does, so live and stored features are the same.
+        pool: pool x pool neighbouring patches are stored as their mean, so P and the store are pool² times smaller.
         batch: images per call of the tower; smaller batches are filled up.
 
     Raises `PipelineError` for another model family, missing weights or an impossible layer.
@@ -65,6 +68,7 @@ class Encoder(nn.Module):
         layer: int = -1,
         precision: str = "auto",
         storage: str = "float16",
+        pool: int = 1,
         device: torch.device,
         batch: int = 64,
     ) -> None:
@@ -75,7 +79,8 @@ class Encoder(nn.Module):
         self._attention = GROUPED if device.type == "cpu" else "sdpa"
         self.tower = load_tower(model, revision, self._attention).requires_grad_(False).eval().to(device)
         config = self.tower.config
-        self.tokens, self.width = (config.image_size // config.patch_size) ** 2, config.hidden_size
+        self._patches, self.width, self.pool = (config.image_size // config.patch_size) ** 2, config.hidden_size, pool
+        self.tokens = merged_tokens(self._patches, pool, where="vision.pool", off="vision.pool: 1")
         if (made := self.preprocess.size()) != (config.image_size, config.image_size):
             raise PipelineError(
                 f"preprocessor_config.json makes pictures of {made[0]} x {made[1]} pixels, the tower takes {config.image_size}",
@@ -180,7 +185,8 @@ class Encoder(nn.Module):
         with autocast(precision, device):
             output = tower(values, output_hidden_states=self.layer != -1)
         hidden = output.last_hidden_state if self.layer == -1 else output.hidden_states[self._state]
-        return hidden[:, hidden.shape[1] - self.tokens :]
+        patches = hidden[:, hidden.shape[1] - self._patches :]
+        return patches if self.pool == 1 else mean_of_blocks(patches.float(), self.pool)
 
     def encode_files(self, files: Sequence[bytes], names: Sequence[str]) -> torch.Tensor:
         """Image files -> patch features float16 [I, P, Dv]: decode, resize, encode."""
@@ -192,8 +198,10 @@ class Encoder(nn.Module):
     def spec(self) -> dict[str, Any]:
         """Everything that decides a feature's value; its hash names the cached features."""
         stored = {"storage": "int8", "constants": constants_digest(self.row_format.constants)} if self.row_format.constants else {}
+        pooled = {"pool": self.pool} if self.pool > 1 else {}
         return {
             **stored,
+            **pooled,
             "features": FEATURES_VERSION,
             "weights": self._weights,
             "config": self._config,

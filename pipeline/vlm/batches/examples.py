@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core import merged_tokens
 from pipeline.features import FeatureSource
-from pipeline.text import TokenTable, image_tokens
+from pipeline.text import TokenTable
 from pipeline.vlm.batches.collate import Batch, collate
 from pipeline.vlm.batches.sharing import Sharing, no_sharing
 
@@ -36,7 +37,7 @@ class Examples:
 
     def collate(self, units: Sequence[np.ndarray], *, pack: int = 0) -> Batch:
         """Units of rows -> one batch (see `pipeline.vlm.batches.collate`)."""
-        tokens = image_tokens(self.source.tokens, self.factor)
+        tokens = merged_tokens(self.source.tokens, self.factor)
         return collate(self.table, units, image_id=self.image_id, tokens=tokens, sharing=self.sharing, pack=pack)
 
     def load(self, units: Sequence[np.ndarray]) -> tuple[Batch, Any]:

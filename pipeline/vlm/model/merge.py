@@ -3,10 +3,10 @@
 Shapes: S images, P patches in a square grid (row by row), Dv vision width, f the factor.
 """
 
-from math import isqrt
-
 import torch
 from torch import nn
+
+from pipeline.core.grid import blocks, mean_of_blocks
 
 
 class _Merge(nn.Module):
@@ -16,14 +16,6 @@ class _Merge(nn.Module):
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}"
-
-    def blocks(self, features: torch.Tensor) -> torch.Tensor:
-        """[S, P, Dv] -> a view [S, rows of blocks, f, blocks in a row, f, Dv]."""
-        images, patches, width = features.shape
-        side, factor = isqrt(patches), self.factor
-        if side * side != patches or side % factor:
-            raise ValueError(f"{patches} patches cannot be merged {factor} × {factor}")
-        return features.view(images, side // factor, factor, side // factor, factor, width)
 
 
 class Shuffle(_Merge):
@@ -35,7 +27,7 @@ class Shuffle(_Merge):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[S, P, Dv] -> [S, P / f², Dv * f²]."""
         images, patches, width = features.shape
-        merged = self.blocks(features).permute(0, 1, 3, 2, 4, 5)
+        merged = blocks(features, self.factor).permute(0, 1, 3, 2, 4, 5)
         return merged.reshape(images, patches // self.factor**2, width * self.factor**2)
 
 
@@ -44,8 +36,7 @@ class Pool(_Merge):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[S, P, Dv] -> [S, P / f², Dv]."""
-        images, patches, width = features.shape
-        return self.blocks(features).mean(dim=(2, 4)).reshape(images, patches // self.factor**2, width)
+        return mean_of_blocks(features, self.factor)
 
 
 def build_merge(merge: str, factor: int, width: int) -> tuple[nn.Module | None, int]:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pipeline.core import ARTEFACT, PipelineError
+from pipeline.core import ARTEFACT, PipelineError, merged_tokens
 from pipeline.features import Encoder, FeatureSource, FeatureStore, LiveFeatures, StoredFeatures
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.records import open_dataset
-from pipeline.text import PromptBuilder, TokenTable, image_tokens
+from pipeline.text import PromptBuilder, TokenTable
 from pipeline.vlm.batches import PAYS, Sharing, find_sharing
 from pipeline.vlm.model import (
     VisionLanguageModel,
@@ -27,7 +27,7 @@ STORE = Path("data/features")
 
 def make_builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> PromptBuilder:
     """The builder of `llm`; raises `PipelineError` for a table that another one made."""
-    llm, tokens = params.llm, image_tokens(encoder.tokens, params.projector.factor)
+    llm, tokens = params.llm, merged_tokens(encoder.tokens, params.projector.factor)
     builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens)
     for table in tables:
         if table.spec != builder.spec():
@@ -74,8 +74,8 @@ def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, s
         remedy = f"set projector.merge: {merge}, projector.factor: {factor}"
     elif differ:
         problem = f"was trained on other features than {params.vision.model} gives ({', '.join(differ)})"
-        stored = trained.get("storage", "float16")
-        remedy = f"set vision.model: {vision['model']}, vision.layer: {vision['layer']}, vision.storage: {stored}"
+        stored = f"vision.storage: {trained.get('storage', 'float16')}, vision.pool: {trained.get('pool', 1)}"
+        remedy = f"set vision.model: {vision['model']}, vision.layer: {vision['layer']}, {stored}"
     elif not manifest.own_llm and (manifest.llm["model"], manifest.llm["revision"]) != (llm.model, llm.revision):
         problem, remedy = f"was trained for {manifest.llm['model']}", f"set llm.model: {manifest.llm['model']}"
     elif manifest.own_llm:

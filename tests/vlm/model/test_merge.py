@@ -10,7 +10,7 @@ from transformers import Idefics3Config
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
 from pipeline.core.errors import PipelineError
-from pipeline.text.merging import image_tokens
+from pipeline.core.grid import merged_tokens
 from pipeline.vlm.model import checkpoint
 from pipeline.vlm.model.checkpoint import Manifest
 from pipeline.vlm.model.merge import Pool, Shuffle
@@ -38,7 +38,7 @@ def test_merging_and_its_gradient_equal_a_plain_reference(merge: str, factor: in
     features = torch.randn(3, 144, 5, dtype=torch.float64, requires_grad=True)
     again = features.detach().clone().requires_grad_()
     merged, expected = {"shuffle": Shuffle, "pool": Pool}[merge](factor)(features), reference(again, merge, factor)
-    assert merged.shape[1] == image_tokens(144, factor)
+    assert merged.shape[1] == merged_tokens(144, factor)
     assert torch.equal(merged, expected) if merge == "shuffle" else torch.allclose(merged, expected, atol=1e-14)
     weight = torch.randn_like(merged)
     (merged * weight).sum().backward()
@@ -73,7 +73,7 @@ def test_factor_one_merges_nothing(merge: str) -> None:
 )
 def test_a_factor_that_does_not_divide_the_grid_is_refused_with_those_that_do(patches: int, factor: int, remedy: str) -> None:
     with pytest.raises(PipelineError, match=r"projector\.factor") as caught:
-        image_tokens(patches, factor)
+        merged_tokens(patches, factor)
     assert remedy in caught.value.line()
 
 
@@ -103,7 +103,9 @@ def test_exports_without_a_place_for_merging_refuse_it_by_name() -> None:
     from pipeline.export.source import Source
     from pipeline.minimind.projector import to_minimind
 
-    source = Source(Path(), Manifest({}, {}, {"kind": "mlp", "merge": "pool", "factor": 2}, own_llm=True), SimpleNamespace())  # type: ignore[arg-type]
+    source = Source(
+        Path(), Manifest({"spec": {}}, {}, {"kind": "mlp", "merge": "pool", "factor": 2}, own_llm=True), SimpleNamespace()
+    )  # type: ignore[arg-type]
     with pytest.raises(PipelineError, match=r"projector\.merge: none"):
         source.refuse_merging("Transformers' LLaVA")
     with pytest.raises(PipelineError, match=r"projector\.merge: none"):

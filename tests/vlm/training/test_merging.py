@@ -10,7 +10,9 @@ from projects import Project
 from safetensors.torch import load_file
 
 from pipeline.chat.assistant import Assistant, Conversation, Sampling
-from pipeline.core.errors import PipelineError
+from pipeline.core import PipelineError, fingerprint
+from pipeline.core.grid import mean_of_blocks
+from pipeline.features import Encoder, FeatureStore
 
 MERGES = ["none", "shuffle 2", "pool 2", "shuffle 4", "pool 4"]
 
@@ -96,3 +98,31 @@ def test_a_factor_without_a_merge_and_one_that_the_grid_has_not_stop_before_work
     project.run("extract")
     with pytest.raises(PipelineError, match="4 × 4 patches cannot be merged 3 × 3"):
         project.run("tokenize")
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+def test_a_store_of_pooled_rows_is_a_quarter_and_equals_the_live_encoder(project: Project, storage: str) -> None:
+    project.set("vision.pool=2", f"vision.storage={storage}", "projector.merge=pool", "projector.factor=2")
+    project.run("extract", "tokenize", "pretrain")
+    store = FeatureStore(Path("data/features"))
+    assert store.tokens == PATCHES // 4
+    assert project.table("sft").spec["tokens"] == PATCHES // 16
+    before = weights("pretrain")
+    project.set("pretrain.features=live")
+    project.run("pretrain", "sft")
+    assert_equal(before, weights("pretrain"))
+    assistant = Assistant("models/sft", device="cpu")
+    assert assistant.look(project.pictures / "0.png").shape[0] == PATCHES // 4
+
+
+def test_pooled_features_are_means_of_what_the_encoder_gives(world: World, png: Callable[[int], bytes]) -> None:
+    whole, pooled = (
+        Encoder(world.clip.name, precision="float32", pool=pool, device=torch.device("cpu"), batch=2) for pool in (1, 2)
+    )
+    pixels = torch.from_numpy(whole.preprocess(png(3), where="3.png"))[None]
+    exact = whole._forward(whole.tower, pixels, "float32")
+    assert torch.equal(pooled.encode_files([png(3)], ["3.png"]), mean_of_blocks(exact, 2).to(torch.float16))
+    assert fingerprint(whole.spec()) != fingerprint(pooled.spec())
+    assert "pool" not in whole.spec()
+    with pytest.raises(PipelineError, match=r"vision\.pool: a grid of 4 × 4 .* 3 × 3"):
+        Encoder(world.clip.name, pool=3, device=torch.device("cpu"))
