@@ -20,7 +20,7 @@ from pipeline.core import PipelineError, main_checkout, publish, publish_folder,
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_device, use_fast_float32
 from pipeline.features import Encoder, Extraction, Processes, distinct_images, extract, load_encoder
 from pipeline.params import StageParams
-from pipeline.records import GoodImages, Mixture, Source, good_rows, open_dataset, picture_is_used
+from pipeline.records import GoodImages, Mixture, Source, good_rows, no_pictures, open_dataset, picture_is_used
 from stages.run import run_stage
 
 
@@ -76,13 +76,19 @@ def _wanted(params: StageParams) -> Iterator[tuple[Any, Iterator[str], Callable[
     data = params.data
     sources = [(open_dataset(dataset, limit=data.limit), dataset is data.pretrain) for dataset in (data.pretrain, data.heldout)]
     for source, trained in sources:
-        yield source.images, _names(source, data), picture_is_used(data.heldout, trained=trained)
+        needed = f"data.pretrain: {data.pretrain.records}" if trained else ""
+        yield source.images, _names(source, data, needed), picture_is_used(data.heldout, trained=trained)
 
 
-def _names(source: Source | Mixture, data: Any) -> Iterator[str]:
+def _names(source: Source | Mixture, data: Any, needed: str) -> Iterator[str]:
+    """The names of a data set's pictures; `needed` names one that must have some."""
+    shows = False
     with good_rows(source, data) as records:
         for record in records:
+            shows = shows or bool(record.images)
             yield from record.images
+    if needed and not shows:
+        raise no_pictures(needed)
 
 
 def _write_meta(encoder: Encoder, good: np.ndarray) -> None:

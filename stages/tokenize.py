@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pipeline.core import ARTEFACT, BAD_ROWS, PipelineError, brief, merged_tokens, publish_folder
 from pipeline.params import Data, StageParams
-from pipeline.records import Mixture, Source, as_arrow, open_dataset, row_policy, side_of
+from pipeline.records import Mixture, Source, as_arrow, no_pictures, open_dataset, row_policy, side_of
 from pipeline.text import PromptBuilder, RowFilter, RowTokenizer, Summary, TokenTable, tokenize, write_tokens
 from stages.run import run_stage
 
@@ -91,6 +91,8 @@ def _figures(split: str, records: str, row_filter: RowFilter, summary: Summary) 
         raise PipelineError(what, where=records, remedy="change data.heldout.share or data.limit", code=BAD_ROWS)
     if not summary.rows:
         raise PipelineError("no row fits", where=records, remedy="raise tokenize.max_tokens", code=BAD_ROWS)
+    if split == "pretrain" and not summary.images:
+        raise no_pictures(f"data.pretrain: {records}")
     sides = {"other_side": summary.other_side, "both_sides": summary.both_sides} if row_filter.side else {}
     return {
         "rows_in": summary.rows_in,

@@ -17,7 +17,7 @@ from pipeline.check.survey import Report, Settings, Subject, survey
 from pipeline.check.terminal import clean, open_console, show
 from pipeline.core import BAD_ROWS, PipelineError, exit_on_error, make_folder, merged_tokens, quiet_libraries
 from pipeline.params import Dataset, Params, load
-from pipeline.records import Source, SourceSpec, open_dataset
+from pipeline.records import Source, SourceSpec, no_pictures, open_dataset
 from pipeline.text import PromptBuilder
 
 SETS = ("pretrain", "sft", "heldout")
@@ -83,6 +83,8 @@ def _check(asked: Asked, params: Params) -> None:
     if asked.html:
         write_page(asked.html, reports, model, verdict=verdict, total=total)
         console.print(f"{clean(str(asked.html))}: the same with example rows", soft_wrap=True)
+    if not asked.data:
+        _require_pictures(reports, params)
     _judge(console, reports, shared, verdict)
 
 
@@ -141,6 +143,14 @@ def _total(reports: list[Report], params: Params, shape: Shape | None, *, of_par
     samples = [sample for report in read for sample in report.pictures.samples]
     names = " and ".join(report.subject.title for report in read) if of_params else "as pretraining data"
     return f"extract ({names}): {cost(len(contents), shape, extraction_rate(params, samples))}"
+
+
+def _require_pictures(reports: list[Report], params: Params) -> None:
+    """Raises `PipelineError` for a data set of text alone that is to train the projector, where no row is bad either."""
+    for report, training in zip(reports, (params.pretrain, params.sft), strict=False):
+        alone = report.good and not report.bad.count and not report.slots
+        if alone and (training is params.pretrain or training.train == "projector"):
+            raise no_pictures(f"{report.subject.title}: {report.subject.records}")
 
 
 def _shared(reports: list[Report]) -> int:

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.check.counting import Spread
-from pipeline.check.pictures import bad_record
-from pipeline.core import PipelineError
 from pipeline.params import Tokenize
-from pipeline.records import PLACEHOLDER, BadRow, Record
-from pipeline.text import TOO_LONG, Prompt, PromptBuilder, fit_length
+from pipeline.records import PLACEHOLDER, BadRow, Record, bad_record
+from pipeline.text import TOO_LONG, Prompt, PromptBuilder, build_or_refuse, fit_length
 
 
 @dataclass(slots=True)
@@ -51,10 +49,7 @@ class LengthCheck:
             self.counts.lengths.add([_letters(record) for record in records])
             self.counts.rows += len(records)
             return [None] * len(records)
-        try:
-            prompts: Sequence[Prompt | BadRow] = list(self.builder.build_batch([record.turns for record in records]))
-        except PipelineError:  # of some row, which only one by one will tell
-            prompts = [_prompt(self.builder, record) for record in records]
+        prompts = list(build_or_refuse(self.builder, records))
         made = [
             self._fit(self.builder, record, prompt) if isinstance(prompt, Prompt) else prompt
             for record, prompt in zip(records, prompts, strict=True)
@@ -85,13 +80,6 @@ class LengthCheck:
         texts = [(turn.role, part) for turn in record.turns for part in turn.parts if isinstance(part, str)]
         self.counts.spelled += any(role != "user" and PLACEHOLDER in text for role, text in texts)
         self.counts.steering += self._control is not None and any(self._control.search(text) for _, text in texts)
-
-
-def _prompt(builder: PromptBuilder, record: Record) -> Prompt | BadRow:
-    try:
-        return builder.build(record.turns)
-    except PipelineError as error:
-        return bad_record(record, error.what, error.remedy or "mend or remove the row")
 
 
 def _letters(record: Record) -> int:

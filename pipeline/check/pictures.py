@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.check.counting import Keys, Spread
 from pipeline.core import PipelineError, brief, prefetch
-from pipeline.records import FORMATS, BadRow, ImageError, Mixture, Record, Source, check_size, decode, digest
+from pipeline.records import FORMATS, BadRow, ImageError, Mixture, Record, Source, bad_record, check_size, decode, digest
 
 SIDE = 160  # pixels of a thumbnail's longer side
 SHOWN = 6  # pictures drawn of one row
@@ -161,12 +161,6 @@ class PictureCheck:
             return None
         reason, remedy = self._reasons.get(keys[name]) or _said(ImageError("cannot be used either", where=repr(name)))
         return bad_record(record, reason, remedy)
-
-
-def bad_record(record: Record, reason: str, remedy: str) -> BadRow:
-    """A record that reads well and cannot be used."""
-    file, _, row = record.where.rpartition(":")
-    return BadRow(file, int(row) if row.isdecimal() else row, reason, remedy)
 
 
 def read_header(data: bytes, *, where: str) -> tuple[str, tuple[int, int]]:

@@ -5,9 +5,10 @@ images     where pictures are, and the one decoder        datasets   a data set 
 `python -m pipeline.records repack` writes a Parquet file again in small row groups.
 """
 
-from pipeline.records.datasets import good_rows, measured_rows, open_dataset, picture_is_used, row_policy, side_of
+from pipeline.records.datasets import good_rows, measured_rows, no_pictures, open_dataset, picture_is_used, row_policy, side_of
 from pipeline.records.formats import BadRow, Digests, GoodImages, Mixture, Source, SourceSpec, Split, readable
 from pipeline.records.formats.policy import SHOWN
+from pipeline.records.formats.row import bad_record
 from pipeline.records.formats.split import Side
 from pipeline.records.images import DECODER, FORMATS, ImageError, Images, as_arrow, check_size, decode, digest
 from pipeline.records.record import PLACEHOLDER, ImageSlot, Record, Turn
@@ -31,11 +32,13 @@ __all__ = [
     "Split",
     "Turn",
     "as_arrow",
+    "bad_record",
     "check_size",
     "decode",
     "digest",
     "good_rows",
     "measured_rows",
+    "no_pictures",
     "open_dataset",
     "picture_is_used",
     "readable",

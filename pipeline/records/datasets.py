@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.core import PipelineError
+from pipeline.core import BAD_ROWS, PipelineError
 from pipeline.params import Data, Dataset, HeldOut, Part
 from pipeline.records.formats import Columns, Digests, Mixture, RowPolicy, Source, SourceSpec, Split, open_source, readable
 from pipeline.records.formats.detect import expand
@@ -66,6 +66,14 @@ def _spec(dataset: Dataset, records: str | tuple[str, ...], part: Part, limit: i
         unplaced=part.unplaced or dataset.unplaced,
         limit=limit,
         weight=part.weight,
+    )
+
+
+def no_pictures(where: str) -> PipelineError:
+    """The error of a data set that trains the projector and shows it nothing."""
+    remedy = "name rows with pictures there; rows of text alone belong in data.sft, trained with sft.train: all"
+    return PipelineError(
+        "no row shows a picture: the projector has nothing to learn from", where=where, remedy=remedy, code=BAD_ROWS
     )
 
 

@@ -7,7 +7,7 @@ tokenization   a data set's records -> its table           token_table    the ta
 from pipeline.text.builder import PromptBuilder
 from pipeline.text.prompts import Prompt
 from pipeline.text.token_table import Row, TokenTable, write_tokens
-from pipeline.text.tokenization import TOO_LONG, RowFilter, RowTokenizer, Summary, fit_length, tokenize
+from pipeline.text.tokenization import TOO_LONG, RowFilter, RowTokenizer, Summary, build_or_refuse, fit_length, tokenize
 
 __all__ = [
     "TOO_LONG",
@@ -18,6 +18,7 @@ __all__ = [
     "RowTokenizer",
     "Summary",
     "TokenTable",
+    "build_or_refuse",
     "fit_length",
     "tokenize",
     "write_tokens",

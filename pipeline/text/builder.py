@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -98,7 +97,7 @@ class PromptBuilder:
             return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
                 messages, tokenize=False, add_generation_prompt=generate, **self.options
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # a template is a program of the model's: whatever it raises refuses these turns
             roles = ", ".join(message["role"] for message in messages)
             raise PipelineError(
                 f"its chat template refuses turns {roles}: {brief(error)}", where=self.model, code=BAD_ROWS

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core import BAD_ROWS, PipelineError
-from pipeline.records import BadRow, Digests, GoodImages, Images, Record, Side, Split, readable
+from pipeline.records import BadRow, Digests, GoodImages, Images, Record, Side, Split, bad_record, readable
 from pipeline.text.builder import PromptBuilder
 from pipeline.text.prompts import Prompt, Prompts, to_bounds
 from pipeline.text.token_table import SCHEMA
@@ -89,8 +89,7 @@ class RowTokenizer:
     def __call__(self, rows: Sequence[Record | BadRow]) -> tuple[pa.RecordBatch, Summary]:
         """One chunk of records -> its rows and what became of them."""
         found = Summary(rows_in=sum(row.rows if isinstance(row, BadRow) else 1 for row in rows))
-        records = self._usable(rows, found)
-        prompts = self._builder.build_batch([record.turns for record in records])
+        records, prompts = self._build(self._usable(rows, found), found)
         records, prompts = self._fit(records, prompts, found)
         found.rows, found.tokens, found.images = len(prompts), len(prompts.ids), len(prompts.image_starts)
         found.supervised = int((prompts.spans[:, 1] - prompts.spans[:, 0]).sum(dtype=np.int64))
@@ -111,24 +110,36 @@ class RowTokenizer:
         found.refused = len(found.too_long)
         return [record for record, _ in kept], Prompts.of([prompt for _, prompt in kept])
 
-    def _usable(self, rows: Sequence[Record | BadRow], found: Summary) -> list[Record]:
-        """The records on the side that is asked for whose pictures can be read and decoded."""
+    def _build(self, rows: list[Record | BadRow], found: Summary) -> tuple[list[Record], Prompts]:
+        """The records that the template and the tokenizer take, and their prompts; every bad row is noted, in order."""
+        records = [row for row in rows if isinstance(row, Record)]
+        prompts = build_or_refuse(self._builder, records)
+        found.rejected = [row for row in rows if isinstance(row, BadRow)]
+        if not isinstance(prompts, Prompts):
+            made, found.rejected, records, kept = iter(prompts), [], [], list[Prompt]()
+            for row in rows:
+                verdict = row if isinstance(row, BadRow) else next(made)
+                if isinstance(row, Record) and isinstance(verdict, Prompt):
+                    records.append(row)
+                    kept.append(verdict)
+                elif isinstance(verdict, BadRow):
+                    found.rejected.append(verdict)
+            prompts = Prompts.of(kept)
+        found.bad = sum(row.rows for row in found.rejected)
+        return records, prompts
+
+    def _usable(self, rows: Sequence[Record | BadRow], found: Summary) -> list[Record | BadRow]:
+        """The rows on the side that is asked for; one whose pictures cannot be read or decoded is bad."""
         dealt: Iterable[Record | BadRow] = rows
         split = self._new_split() if self._side else None  # it counts, and several threads are here
         if split is not None and self._side is not None:
             dealt = split.records(rows, self._side)
-        records: list[Record] = []
-        for row in readable(dealt, self._digests.digest_of_decodable):
-            if isinstance(row, BadRow):
-                found.rejected.append(row)
-            else:
-                records.append(row)
-        found.bad = sum(row.rows for row in found.rejected)
+        usable = list(readable(dealt, self._digests.digest_of_decodable))
         if split is not None:
             counts = split.counts
             found.other_side = counts["train" if self._side == "heldout" else "heldout"]
             found.both_sides, found.straddling = counts["neither"], split.neither
-        return records
+        return usable
 
     def _arrow(self, records: list[Record], prompts: Prompts) -> pa.RecordBatch:
         names = [name for record in records for name in record.images]
@@ -143,6 +154,21 @@ class RowTokenizer:
             pa.array([record.where for record in records], pa.string()),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def build_or_refuse(builder: PromptBuilder, records: Sequence[Record]) -> Prompts | list[Prompt | BadRow]:
+    """Prompts of all records; or, where the template or the tokenizer refuses some, of each its prompt or why it is bad."""
+    try:
+        return builder.build_batch([record.turns for record in records])
+    except PipelineError:  # of some record, which only one by one will tell
+        return [_prompt(builder, record) for record in records]
+
+
+def _prompt(builder: PromptBuilder, record: Record) -> Prompt | BadRow:
+    try:
+        return builder.build(record.turns)
+    except PipelineError as error:
+        return bad_record(record, error.what, error.remedy)
 
 
 def fit_length(prompt: Prompt, *, image_tokens: int, max_tokens: int, too_long: str) -> tuple[Prompt | None, str]:

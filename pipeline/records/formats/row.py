@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from pipeline.core import PipelineError
+from pipeline.records.record import Record
 
 MAX_ROW = 64 << 20  # bytes of one row's text: a file without line ends is one row too long, not an empty memory
 MEND = "mend or remove the row"
@@ -37,6 +38,12 @@ class BadRow:
     def line(self) -> str:
         """One line: file, row, reason, remedy; control characters removed."""
         return PipelineError(self.reason, where=self.where, remedy=self.remedy).line()
+
+
+def bad_record(record: Record, reason: str, remedy: str = MEND) -> BadRow:
+    """The row of a record that reads well and cannot be used."""
+    file, _, row = record.where.rpartition(":")
+    return BadRow(file, int(row) if row.isdecimal() else row, reason, remedy or MEND)
 
 
 class Row(NamedTuple):

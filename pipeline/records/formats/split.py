@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.core import ARTEFACT, PipelineError, brief
-from pipeline.records.formats.row import BadRow
+from pipeline.records.formats.row import BadRow, bad_record
 from pipeline.records.formats.source import draw
 from pipeline.records.images import ImageError, Images, decode, digest
 from pipeline.records.record import ImageSlot, Record
@@ -107,15 +107,9 @@ def readable(rows: Iterable[Record | BadRow], digest_of: Callable[[str], bytes])
                 for name in row.images:
                     digest_of(name)
             except ImageError as error:
-                yield unreadable(row, error)
+                yield bad_record(row, f"{error.where}: {error.what}", error.remedy)
                 continue
         yield row
-
-
-def unreadable(record: Record, error: PipelineError) -> BadRow:
-    """The row of a picture that cannot be used."""
-    file, _, place = record.where.rpartition(":")
-    return BadRow(file, int(place) if place.isdecimal() else place, f"{error.where}: {error.what}", error.remedy)
 
 
 def is_held_out(key: bytes, *, share: float, seed: int) -> bool:

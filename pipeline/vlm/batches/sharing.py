@@ -114,7 +114,8 @@ def _digests(lists: tuple[np.ndarray, np.ndarray], counts: np.ndarray) -> np.nda
     """
     at = lists[0] - lists[0][0]
     values = lists[1][lists[0][0] : lists[0][-1]] if lists[1].ndim == 1 else lists[1]
-    values = values.astype(np.uint64).reshape(len(values), -1) + np.uint64(1)
+    values = values.astype(np.uint64)[:, None] if values.ndim == 1 else values.astype(np.uint64)
+    values += np.uint64(1)
     places = np.arange(at[-1]) - np.repeat(at[:-1], np.diff(at))
     factors = np.random.default_rng(0).integers(0, 2**64, (int(places.max(initial=0)) + 1, 2), np.uint64) | np.uint64(1)
     running = np.zeros((len(values) + 1, 2), np.uint64)

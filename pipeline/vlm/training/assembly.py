@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from pipeline.core.devices import numbered, pick_batch, pick_device, pick_precision, use_device, use_fast_float32
 from pipeline.features import Encoder, load_encoder
 from pipeline.params import Dataset, StageParams, Training
+from pipeline.records import no_pictures
 from pipeline.text import PromptBuilder, TokenTable
 from pipeline.vlm.batches import LONGEST, Examples, Schedule, Sharing
 from pipeline.vlm.model import VisionLanguageModel, cast_frozen, choose_attention, freeze
@@ -67,6 +68,8 @@ def assemble(params: StageParams, training: Training, *, dataset: Dataset, name:
     device = accelerator.device  # one a process
     encoder = load_encoder(params.vision, device=device, batch=pick_batch(params.runtime.extract_batch, device))
     table, heldout = TokenTable(TOKENS / f"{name}.arrow"), TokenTable(TOKENS / "heldout.arrow", limit=params.evaluate.limit)
+    if not table.slots and training.train == "projector":
+        raise no_pictures(f"data.{name}: {dataset.records}")
     builder = make_builder(params, encoder, table, heldout)
     if start is not None:
         check_start(params, encoder, builder, start)
