@@ -88,7 +88,7 @@ def extract(
     New shards go to the first store; rows that any of them holds are taken over. Raises `PipelineError` when an image is
     bad (named; with `skip` it is left out and told instead), features are not finite, or the disk is too small (both figures).
     """
-    folders = [store / fingerprint(encoder.spec()) for store in stores]
+    folders = [store / fingerprint(encoder.row_spec()) for store in stores]
     make_folder(folders[0])
     remove_leftovers(folders[0])
     images = DecodedImages(files, hashes, encoder.preprocess)
@@ -105,7 +105,7 @@ def extract(
     stream.report()
     processes.wait()
     if processes.is_first:
-        _make_output(out, plan.paths, encoder.spec(), hashes, shard_rows)
+        _make_output(out, plan.paths, encoder.row_spec(), hashes, shard_rows)
     processes.wait()
     return _summary(out, plan, images, stream)
 
@@ -114,7 +114,7 @@ def _write(shard: NewShard, known: ShardSet, stream: "FeatureStream", encoder: E
     written = shard.hashes.copy()
     batches = _batches(shard.stored, known, stream, written)  # zeroes the hash of an image that turns out bad
     notes = {"relative_error": encoder.relative_error()}
-    write_shard(shard.path, written, encoder.spec(), encoder.row_format, batches, notes=notes)
+    write_shard(shard.path, written, encoder.row_spec(), encoder.row_format, batches, notes=notes)
 
 
 def _summary(out: Path, plan: ShardPlan, images: DecodedImages, stream: "FeatureStream") -> Extraction:
@@ -192,8 +192,8 @@ def _batches(stored: np.ndarray, known: ShardSet, stream: "FeatureStream", hashe
 class FeatureStream:
     """Fresh rows in order, one at a time; decoding runs ahead in worker processes.
 
-    `seconds` is what encoding took in all, `waited` how much of it the encoder stood still for want of a decoded picture,
-    `decoding` what reading, decoding and resizing took the workers together.
+    `seconds` is what encoding took in all, `waited` how much of it the encoder stood still for want of a decoded picture; the
+    workers' start is in neither. `decoding` is what reading, decoding and resizing took the workers together.
     A bad image raises its error, or with `skip` has None for a row and is counted in `skipped`.
     """
 
@@ -227,9 +227,9 @@ class FeatureStream:
                 began = time.perf_counter()
                 rows = self._rows_of(pixels, errors)
                 ended = time.perf_counter()
-                if self._done:  # starting the workers is no waiting for decoding
+                if self._done:  # starting the workers is no waiting for decoding, and no encoding either
                     self.waited += began - asked
-                self.seconds += ended - asked
+                self.seconds += ended - (asked if self._done else began)
                 self.decoding += decoding
                 self._done += len(rows)
                 bar.update(len(rows))

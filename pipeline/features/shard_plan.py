@@ -42,7 +42,7 @@ def plan_shards(
 ) -> ShardPlan:
     """Which shards the images make, and which of these and of their rows the stores in `folders` hold."""
     parts = [slice(start, start + shard_rows) for start in range(0, len(hashes), shard_rows)]
-    names = [shard_name(fingerprint(encoder.spec()), hashes[part]) for part in parts]
+    names = [shard_name(fingerprint(encoder.row_spec()), hashes[part]) for part in parts]
     found = [
         next((path for folder in folders if (path := folder / name).exists() and _holds(path, part, images, skip=skip)), None)
         for name, part in zip(names, parts, strict=True)

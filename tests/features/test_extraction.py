@@ -111,6 +111,20 @@ def test_another_layer_or_another_model_reuses_nothing(
     FeatureStore(tmp_path / "layer").check_encoder(layer.spec())
 
 
+def test_on_a_gpu_rows_of_another_call_size_are_others_but_may_be_trained_on(
+    run: Extract, tmp_path: Path, vision_folders: dict[str, Path]
+) -> None:
+    """There the size chooses the kernel and so the last bits; only the name of the store is asked here, the sums are a CPU's."""
+    encoders = [Encoder(str(vision_folders["clip"]), precision="float32", device=torch.device("cpu"), batch=n) for n in (2, 4)]
+    one = encoders[0].row_spec()
+    assert one == encoders[1].row_spec() == encoders[0].spec()
+    for encoder in encoders:
+        encoder.device = torch.device("cuda")
+        assert run("0123", out=f"gpu{encoder.batch}", encoder=encoder).encoded == 4, "none is taken over"
+        FeatureStore(tmp_path / f"gpu{encoder.batch}").check_encoder(one)
+    assert run("0123", out="again", encoder=encoders[0]).encoded == 0
+
+
 class Crashing(Encoder):
     """Ends the run after so many calls, as a full disk or a power cut would."""
 

@@ -20,6 +20,7 @@ from pipeline.text.token_table import TokenTable
 from pipeline.vlm.batches.examples import Examples
 from pipeline.vlm.batches.schedule import Execution, Schedule
 from pipeline.vlm.model import packed_attention
+from pipeline.vlm.model.ordered_attention import ORDERED
 from pipeline.vlm.model.packed_attention import PACKED
 from pipeline.vlm.model.vlm import VisionLanguageModel
 from pipeline.vlm.training.callbacks import Callbacks
@@ -27,8 +28,6 @@ from pipeline.vlm.training.loop import MIXED, train
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else CPU
-# sdpa is what families compute with that are not packed; those that are do so in evaluation only
-UNORDERED = pytest.mark.xfail(ON_GPU, reason="sdpa's backward pass adds in whatever order a GPU comes to it", strict=False)
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")]
 
 # As far as two orders of summing may be apart in float32, on this device. On a GPU it is an estimate: a mask that is wrong, or
@@ -94,7 +93,7 @@ def run_on(
     """Train a model on a device, packed where `execution` says so; `options` are accelerate's. Returns the history."""
     table = table or world.table
     model.to(device)
-    model.language_model.set_attn_implementation(PACKED if execution.packed else "sdpa")
+    model.language_model.set_attn_implementation(PACKED if execution.packed else ORDERED)
     examples = Examples(table, StoredFeatures(world.store, table, device), world.builder.image_id)
     with accelerator_on(device, precision, **options) as accelerator:
         return train(model, examples, schedule, accelerator, execution=execution, callbacks=callbacks)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, HIDDEN, ROWS, World
-from gpu_device import CLOSE, DEVICE, ON_GPU, UNORDERED, fresh_kernels, run_on  # noqa: F401
+from gpu_device import CLOSE, DEVICE, ON_GPU, fresh_kernels, run_on  # noqa: F401
 from test_loop import SCHEDULE, bits
 from test_mixtures import FAMILIES
 from transformers import AutoModelForCausalLM, MistralConfig
@@ -62,7 +62,6 @@ def test_they_train_on_the_device_as_on_a_cpu(llms: dict[str, Path], world: Worl
     assert np.mean(found[-1][-3:]) < np.mean(found[-1][:3])
 
 
-@UNORDERED
 @family
 def test_two_runs_give_the_same_bits(llms: dict[str, Path], world: World, family: str) -> None:
     found = []

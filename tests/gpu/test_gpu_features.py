@@ -67,7 +67,7 @@ def test_a_row_has_the_same_bits_in_every_place_with_any_mates_and_in_a_partial_
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_has_the_same_bits_whatever_the_size_of_the_batch(towers: dict[str, Path], family: str, precision: str) -> None:
-    """The fingerprint does not hold `runtime.extract_batch`, so rows of two sizes may stand in one store."""
+    """So on a CPU; on a GPU they need not, so there the size is part of the store's name."""
     found = []
     for batch in (16, 5, 1):
         encoder = Encoder(str(towers[family]), precision=precision, device=DEVICE, batch=batch)

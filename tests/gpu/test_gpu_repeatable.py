@@ -22,7 +22,6 @@ from gpu_device import (  # noqa: F401
     DEVICE,
     NEEDS_GPU,
     ON_GPU,
-    UNORDERED,
     forget_kernels,
     fresh_kernels,
     needs_gpu,
@@ -45,7 +44,6 @@ PIECES = replace(SCHEDULE, micro_tokens=256)  # several passes a step
 MODES = {"padded": Execution(), "packed": Execution(packed=True), "compiled": Execution(packed=True, compiled=True)}
 PACKED_TOO = pytest.param("packed", marks=NEEDS_GPU)
 either_mode = pytest.mark.parametrize("mode", ["padded", PACKED_TOO])
-bits_of_either_mode = pytest.mark.parametrize("mode", [pytest.param("padded", marks=UNORDERED), PACKED_TOO])
 
 # What two processes train: packing needs a kernel, and compiling takes its time.
 TOGETHER = {f"{mode} {what}": (mode, what) for mode in ("padded", "packed") for what in ("projector", "projector+ends", "all")}
@@ -100,7 +98,7 @@ def test_two_processes_encode_the_same_bits(processes: list[dict[str, str]]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=UNORDERED if mode == "padded" else NEEDS_GPU) for name, (mode, _) in TOGETHER.items()]
+    "name", [pytest.param(name, marks=() if mode == "padded" else NEEDS_GPU) for name, (mode, _) in TOGETHER.items()]
 )
 def test_two_processes_train_to_the_same_bits(processes: list[dict[str, str]], name: str) -> None:
     """The history, and every weight at the end."""
@@ -108,7 +106,7 @@ def test_two_processes_train_to_the_same_bits(processes: list[dict[str, str]], n
 
 
 @needs_gpu
-@bits_of_either_mode
+@either_mode
 @pytest.mark.parametrize("what", ["projector", "all"])
 def test_two_runs_in_one_process_give_the_same_bits(world: World, what: str, mode: str) -> None:
     found = []
@@ -120,7 +118,7 @@ def test_two_runs_in_one_process_give_the_same_bits(world: World, what: str, mod
     assert found[0][1] != found[2][1], "another seed gives other weights"
 
 
-@bits_of_either_mode
+@either_mode
 @pytest.mark.parametrize("what", ["projector", "all"])
 @pytest.mark.parametrize("precision", ["float32", *(pytest.param(name, marks=NEEDS_GPU) for name in ("bfloat16", "float16"))])
 def test_a_run_that_is_stopped_again_and_again_ends_with_the_bits_of_an_undisturbed_one(

@@ -19,6 +19,7 @@ from pipeline.text.token_table import TokenTable
 from pipeline.vlm.batches.examples import Examples
 from pipeline.vlm.batches.loader import BatchLoader
 from pipeline.vlm.batches.schedule import Execution, Schedule
+from pipeline.vlm.model.ordered_attention import ORDERED
 from pipeline.vlm.model.packed_attention import PACKED
 from pipeline.vlm.training.callbacks import Callbacks
 from pipeline.vlm.training.loop import _Steps
@@ -52,7 +53,7 @@ def waits() -> Iterator[list[str]]:
 def waits_of_a_run(world: World, execution: Execution, precision: str) -> tuple[list[str], list[list[str]]]:
     """Where the host waits in a run's steps after its first epoch: before a step's update, and within each update."""
     model, source = world.model("all").to(DEVICE), StoredFeatures(world.store, world.table, DEVICE)
-    model.language_model.set_attn_implementation(PACKED if execution.packed else "sdpa")
+    model.language_model.set_attn_implementation(PACKED if execution.packed else ORDERED)
     examples, at_end = Examples(world.table, source, world.builder.image_id), []
     with accelerator_on(DEVICE, precision) as accelerator:
         loader = BatchLoader(examples, PIECES, execution)
@@ -83,14 +84,9 @@ def test_waiting_for_the_card_is_noticed_and_its_place_is_told() -> None:
     assert "test_waiting_for_the_card" in places[0]
 
 
-PADDED_WAITS = pytest.mark.xfail(
-    reason="Transformers' find_packed_sequence_indices asks the card whether rows are packed, once a pass", strict=False
-)
-
-
 @needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("packed", [pytest.param(False, marks=PADDED_WAITS), True])
+@pytest.mark.parametrize("packed", [False, True])
 def test_the_host_does_not_wait_for_the_card_before_a_steps_end(world: World, packed: bool, precision: str) -> None:
     """Tensors are sent and passes are queued without a question to the card."""
     places, _ = waits_of_a_run(world, Execution(packed=packed), precision)

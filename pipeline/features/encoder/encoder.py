@@ -196,7 +196,7 @@ class Encoder(nn.Module):
         return self.encode(torch.from_numpy(pixels), names)
 
     def spec(self) -> dict[str, Any]:
-        """Everything that decides a feature's value; its hash names the cached features."""
+        """Everything that decides a feature's value but for rounding: what a model is trained with and must be asked with."""
         stored = {"storage": "int8", "constants": constants_digest(self.row_format.constants)} if self.row_format.constants else {}
         pooled = {"pool": self.pool} if self.pool > 1 else {}
         return {
@@ -211,6 +211,13 @@ class Encoder(nn.Module):
             "tokens": self.tokens,
             "width": self.width,
         }
+
+    def row_spec(self) -> dict[str, Any]:
+        """Everything that decides a row's bits; its hash names the cached features.
+
+        As `spec`, and on a GPU the images of a call: libraries take another kernel for another size, which sums in another order.
+        """
+        return self.spec() | ({} if self.device.type == "cpu" else {"batch": self.batch})
 
 
 def _weights_digest(module: nn.Module) -> str:

@@ -39,11 +39,21 @@ def load_tower(model: str, revision: str, attention: str = "sdpa") -> PreTrained
     )
     if info["missing_keys"]:
         raise PipelineError(f"{model} lacks weights: {sorted(info['missing_keys'])[0]} and others", code=ARTEFACT)
+    skip_pooling(tower)
     for module in tower.modules():
         for name, child in module.named_children():
             if isinstance(child, QuickGELUActivation):
                 setattr(module, name, InPlaceQuickGelu())
     return tower
+
+
+def skip_pooling(tower: PreTrainedModel) -> None:
+    """Leave a head that makes one vector of all patches (SigLIP's) uncomputed: patch features do not pass it. It keeps its weights,
+    which an export needs."""
+    module: Any
+    for module in tower.modules():
+        if hasattr(module, "use_head"):
+            module.use_head = False
 
 
 def keep_layers(tower: PreTrainedModel, count: int) -> None:

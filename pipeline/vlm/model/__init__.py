@@ -2,6 +2,7 @@
 
 vlm          the model put together          splice, projector, language_model   its parts
 attention    which one, and its masks        packed_attention                    rows end to end, on GPUs
+ordered_attention   padded rows, on GPUs
 freezing     what trains                     sharding, compiling                 how it is computed
 last_layer, cross_entropy   less work for the same loss
 checkpoint   the model on disk               generation                          prompts -> answers

@@ -1,11 +1,14 @@
 """Which attention a language model trains and is measured with, by its family and the device, and the mask of shared rows."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, masking_utils
 
 from pipeline.core.attention import GROUPED
+from pipeline.vlm.model.ordered_attention import ORDERED
 from pipeline.vlm.model.packed_attention import NARROWEST, PACKED
 
 FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"}  # softmax over rotated queries and keys, no more
@@ -14,14 +17,15 @@ FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"}  # s
 def choose_attention(config: PretrainedConfig, device: torch.device, longest: int, *, router_trains: bool = False) -> str:
     """The name of the attention to train and measure with; the longest row has `longest` tokens. All compute the same.
 
-    On a GPU the packed one, for families it fits, unless a router trains, which counts tokens of rows that are its own.
+    On a GPU the packed one, for families it fits, unless a router trains, which counts tokens of rows that are its own; else
+    sdpa, in an order that gives the same bits again.
     On a CPU ours (`pipeline.core.attention`), up to the length where its [T, T] scores cost more memory than they save
     time; for other families eager, whose backward is faster than sdpa's below 512 tokens.
     """
     if can_pack(config, device) and not router_trains:
         return PACKED
     if device.type != "cpu":
-        return "sdpa"
+        return ORDERED if device.type == "cuda" else "sdpa"
     if config.model_type in FAMILIES and longest <= 1024:
         return GROUPED
     return "eager" if longest <= 512 else "sdpa"
@@ -47,6 +51,20 @@ def is_plain(config: PretrainedConfig) -> bool:
 def sliding_window(config: PretrainedConfig) -> int | None:
     """Tokens that a language model's attention looks back, or None where it sees all: only then masks are ours to make."""
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+
+@contextmanager
+def unpacked_rows() -> Iterator[None]:
+    """Within, Transformers takes rows of consecutive positions for what they are, one sequence each.
+
+    It would look for several in a row by their positions, and on a GPU the host would wait for the answer in every pass.
+    """
+    plain = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # noqa: ARG005 (called by that name)
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = plain
 
 
 def branch_mask(branch: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pipeline.core.attention import GROUPED
 from pipeline.vlm.batches import Batch
-from pipeline.vlm.model.attention import branch_mask
+from pipeline.vlm.model.attention import branch_mask, unpacked_rows
 from pipeline.vlm.model.cross_entropy import at, chunked_cross_entropy, logits_only_at, too_large
 from pipeline.vlm.model.language_model import hidden_size
 from pipeline.vlm.model.last_layer import last_block_only_at
@@ -59,7 +59,8 @@ class VisionLanguageModel(nn.Module):
             extra = {"attention_mask": mask, "position_ids": batch.position}
         extra |= {"inputs_embeds": self.embed(batch.ids, features, batch.slot_row, batch.slot_start), "use_cache": False}
         # the same loss for less work: see `pipeline.vlm.model.last_layer`
-        with nullcontext() if self.router_trains else last_block_only_at(batch.loss_positions, self.language_model):
+        leaner = nullcontext() if self.router_trains else last_block_only_at(batch.loss_positions, self.language_model)
+        with unpacked_rows(), leaner:
             return self._loss(batch, extra)
 
     def _loss(self, batch: Batch, extra: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,7 +56,6 @@ def train(
                     progress.show(steps.history[-1])
                     steps.call_back(callbacks, progress, last=len(steps.history) == loader.steps)
                     steps.begin()
-    accelerator.free_memory()
     return steps.history
 
 
@@ -64,6 +63,7 @@ def train(
 def _ended(steps: "_Steps", progress: Progress, *, compiled: bool) -> Iterator[None]:
     """Within, the model computes as training wants it; afterwards, however it ends, it is the caller's again."""
     with ExitStack() as done:
+        done.callback(steps.accelerator.free_memory)  # or it would hold a model whose run has failed
         done.callback(progress.close)
         if steps.checkpointer:
             done.callback(steps.checkpointer.release)

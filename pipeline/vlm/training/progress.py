@@ -47,7 +47,16 @@ class Progress:
         self._began += time.perf_counter() - asked
 
     def show(self, row: dict[str, float]) -> None:
-        """A step is done."""
+        """A step is done; the figures are made only where the line is printed, since a device's memory is asked for them."""
+        if self._is_printed():
+            self._set_figures(row)
+        self._bar.update()
+
+    def _is_printed(self) -> bool:
+        bar = self._bar
+        return not bar.disable and (bar.n + 1 >= bar.total or time.time() - bar.last_print_t >= bar.mininterval)
+
+    def _set_figures(self, row: dict[str, float]) -> None:
         spent = time.perf_counter() - self._began
         self._bar.set_postfix(
             loss=f"{row['loss']:.4f}",
@@ -59,7 +68,6 @@ class Progress:
             mem=f"{peak_memory_gb(self._device):.1f}GB",
             refresh=False,
         )
-        self._bar.update()
 
     def close(self) -> None:
         self._bar.close()

@@ -55,7 +55,7 @@ def _training_state(run: TrainingRun) -> TrainingState:
         "share_images": run.examples.shared is not None,
         "projector": projector_shape(params),
         "precision": run.precision,
-        "encoder": run.encoder.spec(),
+        "encoder": run.encoder.row_spec(),
         "tokens": _file_digest(run.examples.table.path),
         "weights": weights_digest(run.model.parameters()),
     }
