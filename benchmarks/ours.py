@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.rows import ROW_BYTES, SHAPE, Epoch, Side, blocks
+from pipeline.core.checksums import seal
 from pipeline.core.errors import RESOURCE, PipelineError, brief
 from pipeline.core.files import write_json
 from pipeline.core.fingerprint import fingerprint
@@ -55,7 +56,7 @@ def _write(folder: Path, count: int, rows: RowFormat, storage: dict[str, str]) -
         encoded = (rows.encode(torch.from_numpy(block)).numpy() for block in blocks(start, stop))
         write_shard(folder / name, hashes, spec, rows, encoded)
         shards.append({"file": name, "rows": stop - start})
-    write_json(folder / INDEX, {"shards": shards, "spec": spec})
+    write_json(folder / INDEX, seal({"shards": shards, "spec": spec}))
     _write_table(folder / "tokens.arrow", count)
 
 

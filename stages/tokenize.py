@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from pipeline.core import ARTEFACT, BAD_ROWS, PipelineError, brief, merged_tokens, publish_folder
+from pipeline.core import ARTEFACT, BAD_ROWS, PipelineError, brief, merged_tokens, publish_folder, verify
 from pipeline.params import Data, StageParams
 from pipeline.records import Mixture, Source, as_arrow, no_pictures, open_dataset, row_policy, side_of
 from pipeline.text import PromptBuilder, RowFilter, RowTokenizer, Summary, TokenTable, tokenize, write_tokens
@@ -56,6 +56,7 @@ def main(params: StageParams) -> dict[str, Any]:
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
+    verify(path.parent, remedy="dvc repro -f -s extract")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ Nothing comes in but the operating system and torch. What needs torch is importe
 `attention`), so that a command that only checks params starts at once.
 """
 
+from pipeline.core.checksums import file_digests, is_signed, record, seal, sign, to_json, unseal, verify
 from pipeline.core.errors import ARTEFACT, BAD_ROWS, INTERRUPTED, NUMERIC, RESOURCE, USAGE, PipelineError, brief, exit_on_error
 from pipeline.core.files import (
     link_or_copy,
@@ -12,7 +13,6 @@ from pipeline.core.files import (
     publish,
     publish_folder,
     remove_leftovers,
-    to_json,
     write_json,
 )
 from pipeline.core.fingerprint import fingerprint
@@ -30,7 +30,9 @@ __all__ = [
     "PipelineError",
     "brief",
     "exit_on_error",
+    "file_digests",
     "fingerprint",
+    "is_signed",
     "link_or_copy",
     "main_checkout",
     "make_folder",
@@ -39,7 +41,12 @@ __all__ = [
     "publish",
     "publish_folder",
     "quiet_libraries",
+    "record",
     "remove_leftovers",
+    "seal",
+    "sign",
     "to_json",
+    "unseal",
+    "verify",
     "write_json",
 ]

@@ -1,6 +1,5 @@
 """Files that appear whole or not at all: temporary name, fsync, rename, fsync of the folder."""
 
-import json
 import os
 import shutil
 import socket
@@ -10,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.checksums import sign, to_json
 from pipeline.core.errors import RESOURCE, PipelineError
 
 DAY = 86400  # seconds
@@ -32,11 +32,6 @@ def publish(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def to_json(content: Any) -> str:
-    """The one way this project writes JSON: sorted keys; not-a-number is refused, since no reader accepts it."""
-    return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-
-
 def make_folder(path: Path) -> None:
     """A folder and its parents, where they are not there yet."""
     try:
@@ -53,12 +48,13 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
-    """As `publish` for a folder: whatever stood at `path` is replaced by the finished new one."""
+    """As `publish` for a folder: whatever stood at `path` is replaced by the finished new one, its `checksums.json` with it."""
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        sign(temporary)
         for file in sorted(temporary.rglob("*")):
             _sync(file)
         _sync(temporary)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core import ARTEFACT, PipelineError, brief, write_json
+from pipeline.core import ARTEFACT, PipelineError, brief, is_signed, verify, write_json
 
 if TYPE_CHECKING:  # a wrong folder is told before heavy modules are imported
     from pipeline.vlm.model import Manifest
@@ -30,10 +30,15 @@ def write_marker(folder: Path, manifest: "Manifest", *, dtype: str) -> None:
 
 
 def read_marker(folder: Path) -> "Manifest":
-    """The manifest of the checkpoint that was exported; raises `PipelineError` for any other folder."""
+    """The manifest of the checkpoint that was exported; raises `PipelineError` for any other folder, or naming a damaged file.
+
+    An export that was trained further elsewhere has no `checksums.json`, and is taken as it is.
+    """
     from pipeline.vlm.model import Manifest
 
     path = folder / MARKER
+    if is_signed(folder) and path.exists():
+        verify(folder, remedy="export again, or delete checksums.json where files were changed on purpose", alone=False)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pipeline.core import ARTEFACT, PipelineError, exit_on_error
+from pipeline.core import ARTEFACT, PipelineError, exit_on_error, unseal
 from pipeline.features.store.shards import Shard
 from pipeline.features.store.store import INDEX, FeatureStore
 from pipeline.params import load
@@ -65,7 +65,7 @@ def _info(folder: Path) -> None:
 
 def _verify(folder: Path) -> None:
     try:
-        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]
+        shards = unseal((folder / INDEX).read_text(encoding="utf-8"))["shards"]
         listed = [(str(entry["file"]), int(entry["rows"])) for entry in shards]
     except (OSError, ValueError, KeyError, TypeError):
         raise PipelineError("no feature store", where=str(folder), remedy="dvc repro extract", code=ARTEFACT) from None

@@ -29,6 +29,7 @@ from pipeline.core import (
     link_or_copy,
     make_folder,
     remove_leftovers,
+    seal,
     write_json,
 )
 from pipeline.features.decoding import DecodedImages, ImageFile, decoded_batches
@@ -148,7 +149,7 @@ def _make_output(out: Path, shards: list[Path], spec: dict[str, Any], hashes: np
         print(f"extract: {shards[0].parent} and {out} cannot share files, so features take their space twice")
     counts = [len(hashes[start : start + shard_rows]) for start in range(0, len(hashes), shard_rows)]
     listed = [{"file": path.name, "rows": count} for path, count in zip(shards, counts, strict=True)]
-    write_json(out / INDEX, {"shards": listed, "spec": spec})
+    write_json(out / INDEX, seal({"shards": listed, "spec": spec}))
 
 
 def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Path, workers: int) -> None:

@@ -7,7 +7,8 @@
     image_name   list<string>          its name within the image root (for the live encoder)
     where        string                file and line the row came from
 
-The schema's metadata says which tokenizer, template and P made it. Nothing here is ever truncated or shuffled.
+The schema's metadata says which tokenizer, template and P made it. Nothing here is ever truncated or shuffled. The folder's
+`checksums.json` lists the file, and nothing of it is looked at before every byte is as it was written.
 """
 
 import json
@@ -19,7 +20,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core import ARTEFACT, PipelineError, brief, publish
+from pipeline.core import ARTEFACT, PipelineError, brief, publish, record, verify
+
+REMEDY = "dvc repro -f -s tokenize"
 
 SCHEMA = pa.schema(
     [
@@ -39,6 +42,7 @@ def write_tokens(path: Path, batches: Iterable[pa.RecordBatch], spec: dict[str, 
     with publish(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in batches:
             writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+    record(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +66,14 @@ class TokenTable:
         supervised: int64 [N], supervised tokens a row.
         spec: what made the ids (see `PromptBuilder.spec`).
         slots: number of image slots in all rows; a slot's number is its place among them.
+        digest: xxh3-128 of the file's bytes.
 
-    Raises `PipelineError` when the file is missing, damaged, or its rows contradict their spans.
+    Raises `PipelineError` when the file or a list beside it is missing or damaged, or its rows contradict their spans.
     """
 
     def __init__(self, path: str | Path, *, limit: int = 0) -> None:
         self.path = Path(path)
+        self.digest = self._verified()
         try:
             with pa.memory_map(str(path)) as source:
                 reader = pa.ipc.open_file(source)
@@ -88,6 +94,21 @@ class TokenTable:
         self.slots = int(self._first_slot[-1])
         self.lengths = self._concatenate([np.diff(columns[0][0]) for columns in self._columns]).astype(np.int32)
         self.supervised = self._count_supervised()
+
+    def _verified(self) -> str:
+        """The file's checksum, once it and the lists beside it are known to be whole; other tables are their readers' matter."""
+        if not self.path.exists():
+            raise PipelineError("no token table", where=str(self.path), remedy="dvc repro tokenize", code=ARTEFACT)
+
+        def wanted(name: str) -> bool:
+            return name == self.path.name or not name.endswith(self.path.suffix)
+
+        found = verify(self.path.parent, remedy=REMEDY, wanted=wanted)
+        if self.path.name not in found:
+            raise PipelineError(
+                "is not one of the files that were written here", where=str(self.path), remedy=REMEDY, code=ARTEFACT
+            )
+        return found[self.path.name]
 
     def __len__(self) -> int:
         return int(self._first_row[-1])

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline.chat.__main__ import chat
 from pipeline.chat.assistant import Assistant, Conversation, Sampling
+from pipeline.core.checksums import record
 from pipeline.core.errors import PipelineError
 from pipeline.records.record import ImageSlot, Turn
 from pipeline.vlm.model import checkpoint
@@ -108,6 +109,7 @@ def test_an_encoder_that_changed_since_training_is_refused(trained: Path, tmp_pa
     manifest = json.loads((tmp_path / "model/glance.json").read_text())
     manifest["vision"]["spec"]["weights"] = "other"
     (tmp_path / "model/glance.json").write_text(json.dumps(manifest))
+    record(tmp_path / "model/glance.json")
     with pytest.raises(PipelineError, match="has changed since training"):
         Assistant(tmp_path / "model", device="cpu")
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from pipeline.core.checksums import seal
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import write_json
 from pipeline.features.__main__ import app, main_directions
@@ -25,7 +26,7 @@ def store(tmp_path: Path) -> Path:
     folder = tmp_path / "features"
     folder.mkdir()
     write_shard(folder / "a.h5", hashes, SPEC, Float16Format(4, 6), [rng.normal(size=(10, 4, 6)).astype(np.float16)])
-    write_json(folder / "index.json", {"shards": [{"file": "a.h5", "rows": 10}], "spec": SPEC})
+    write_json(folder / "index.json", seal({"shards": [{"file": "a.h5", "rows": 10}], "spec": SPEC}))
     return folder
 
 
@@ -106,7 +107,7 @@ def test_a_contact_sheet_of_the_users_images(tmp_path: Path, monkeypatch: pytest
     store.mkdir()
     rows = np.random.default_rng(0).normal(size=(len(hashes), 4, 6)).astype(np.float16)
     write_shard(store / "a.h5", hashes, SPEC, Float16Format(4, 6), [rows])
-    write_json(store / "index.json", {"shards": [{"file": "a.h5", "rows": len(hashes)}], "spec": SPEC})
+    write_json(store / "index.json", seal({"shards": [{"file": "a.h5", "rows": len(hashes)}], "spec": SPEC}))
     result = CliRunner().invoke(app, ["show", str(store), "--count", "4", "--out", "sheet.png"])
     assert result.exit_code == 0, result.output
     assert Image.open("sheet.png").size[0] > 500

@@ -113,7 +113,7 @@ def test_an_imported_folder_is_any_transformers_model(file: Path, tmp_path: Path
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 0)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja",
+        "chat_template.jinja", "checksums.json",
     }  # fmt: skip
 
 

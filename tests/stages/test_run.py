@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from projects import with_path
 
+from pipeline.core.checksums import sign
 from pipeline.core.errors import PipelineError, exit_on_error
 from pipeline.core.files import link_or_copy, main_checkout, publish, publish_folder, remove_leftovers, write_json
 from pipeline.report import read_metrics, tables
@@ -87,6 +88,7 @@ def test_a_stage_ends_when_dvc_is_killed(checkout: Path) -> None:
     (checkout / "data/features_meta").mkdir()
     (checkout / "data/features_meta/encoder.json").write_text('{"tokens": 64, "width": 128}')
     np.save(checkout / "data/features_meta/images.npy", np.empty((0, 32), np.uint8))
+    sign(checkout / "data/features_meta")
     environment = {**os.environ, "PYTHONPATH": with_path(ROOT), "DVC_ROOT": str(checkout)}
     parent = subprocess.Popen(
         [sys.executable, "-c", code], cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -120,7 +122,7 @@ def test_a_file_or_folder_that_fails_midway_leaves_the_old_one(tmp_path: Path) -
         (temporary / "one").write_text("1")
     with pytest.raises(RuntimeError), publish_folder(tmp_path / "folder") as temporary:
         raise RuntimeError
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.json", "folder", "one"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.json", "checksums.json", "folder", "one"]
 
 
 def test_not_a_number_is_never_written_as_json(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from conftest import PATCHES, World, len_of, read_records, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.core import checksums
 from pipeline.core.errors import PipelineError
 from pipeline.records.formats import SourceSpec, open_source
 from pipeline.records.formats.conversation import Reading, turns_and_pictures
@@ -96,6 +97,7 @@ def damaged(path: Path, kind: str, world: World) -> None:
         write_tokens(path, [batch.set_column(1, SCHEMA.field(1), spans)], world.builder.spec())
     elif kind != "missing":
         path.write_bytes({"empty": b"", "text": b"not an Arrow file", "truncated": data[: len(data) // 2]}[kind])
+        checksums.record(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "no supervised token"])

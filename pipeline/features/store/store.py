@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline.core import ARTEFACT, PipelineError, brief, to_json
+from pipeline.core import ARTEFACT, PipelineError, brief, unseal
 from pipeline.features.store.mapping import RowMap
 from pipeline.features.store.row_format import Float16Format, RowFormat
 from pipeline.features.store.shards import Shard
@@ -107,16 +107,16 @@ class FeatureStore(ShardSet):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
-            text = (self.folder / INDEX).read_text(encoding="utf-8")
-            index = json.loads(text)
-            if to_json(index) != text:
-                raise ValueError(f"{INDEX} has changed since it was written")
+            index = unseal((self.folder / INDEX).read_text(encoding="utf-8"))
             listed = [(str(shard["file"]), int(shard["rows"])) for shard in index["shards"]]
             self.spec: dict[str, Any] = index["spec"]
             self.tokens, self.width = int(self.spec["tokens"]), int(self.spec["width"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PipelineError(
-                f"no feature store: {brief(error)}", where=str(self.folder), remedy="dvc repro extract", code=ARTEFACT
+                f"no feature store: {brief(error)}",
+                where=str(self.folder / INDEX),
+                remedy="dvc repro -f -s extract" if (self.folder / INDEX).exists() else "dvc repro extract",
+                code=ARTEFACT,
             ) from None
         shards = [Shard(self.folder / name) for name, _ in listed]
         super().__init__(shards, shards[0].row_format if shards else Float16Format(self.tokens, self.width))

@@ -14,7 +14,7 @@ from pipeline.vlm.model.checkpoint import Manifest
 from pipeline.vlm.model.compiling import compiled_layers
 from pipeline.vlm.model.freezing import cast_frozen, freeze, frozen_digest, weights_digest
 from pipeline.vlm.model.generation import GREEDY, generate
-from pipeline.vlm.model.language_model import hidden_size, load_language_model
+from pipeline.vlm.model.language_model import hidden_size, language_model_files, load_language_model
 from pipeline.vlm.model.packed_attention import PACKED
 from pipeline.vlm.model.projector import build_projector
 from pipeline.vlm.model.sharding import full_tensor, gather_weights, reshard, shard_like, shard_model, sync_gradients
@@ -37,6 +37,7 @@ __all__ = [
     "gather_weights",
     "generate",
     "hidden_size",
+    "language_model_files",
     "load_language_model",
     "reshard",
     "shard_like",

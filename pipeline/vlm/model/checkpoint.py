@@ -3,9 +3,14 @@
 projector.safetensors   always
 glance.json             encoder (name, revision, layer, fingerprint), language model, projector kind, text settings
 config.json, model.safetensors, tokenizer files...   only when the language model has trained, as Transformers writes them
+checksums.json          of all of these; every byte is verified before one is used
+
+What the folder leans on without holding it is known by content as well: the encoder by its spec, a frozen language model by
+its files' checksums.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +19,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline.core import ARTEFACT, PipelineError, brief, publish_folder
+from pipeline.core import ARTEFACT, PipelineError, brief, is_signed, publish_folder, verify
 from pipeline.text import PromptBuilder
-from pipeline.vlm.model.language_model import load_language_model
+from pipeline.vlm.model.language_model import language_model_files, load_language_model
 from pipeline.vlm.model.projector import build_projector
 from pipeline.vlm.model.vlm import VisionLanguageModel
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksums: such a folder is from elsewhere, and read as it is
 MANIFEST = "glance.json"
 
 
@@ -30,13 +35,14 @@ class Manifest:
 
     Attributes:
         vision: model, revision, layer of the encoder, and `spec`, what its features depend on.
-        llm: model, revision and image_token of the language model the run started from.
+        llm: model, revision and image_token of the language model the run started from, and where it stays frozen `files`,
+            the checksums of its files by name.
         projector: kind, width (Dv), hidden (D); merge and factor where patches are merged.
         own_llm: whether the folder holds a trained language model.
     """
 
     vision: dict[str, Any]
-    llm: dict[str, str]
+    llm: dict[str, Any]
     projector: dict[str, Any]
     own_llm: bool
 
@@ -73,10 +79,14 @@ def save(folder: Path, model: VisionLanguageModel, manifest: Manifest, builder: 
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a checkpoint; raises `PipelineError` naming the command that makes one."""
     path = Path(folder) / MANIFEST
+    if is_signed(path.parent):
+        verify(path.parent, remedy=_remedy(path.parent), wanted=lambda name: name == MANIFEST)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
+        if content["format"] not in (1, FORMAT):
             raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+        if content["format"] == FORMAT and not is_signed(path.parent):
+            verify(path.parent, remedy=_remedy(path.parent))
         return Manifest(content["vision"], content["llm"], content["projector"], content["own_llm"])
     except FileNotFoundError:
         raise PipelineError("no model here", where=str(folder), remedy="dvc repro", code=ARTEFACT) from None
@@ -85,8 +95,15 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[VisionLanguageModel, Manifest]:
-    """Projector and language model of a checkpoint, strictly; the encoder is loaded apart (`manifest.vision`)."""
+    """Projector and language model of a checkpoint, strictly; the encoder is loaded apart (`manifest.vision`).
+
+    Raises `PipelineError` naming the file that is not as it was written, of the folder or of a frozen language model.
+    """
     manifest = read_manifest(folder)
+    if is_signed(Path(folder)):
+        verify(Path(folder), remedy=_remedy(Path(folder)))
+    else:
+        print(f"{folder}: has no checksums.json, so its files are taken as they are", file=sys.stderr, flush=True)
     shape = manifest.projector
     try:
         projector = build_projector(shape["kind"], int(shape["width"]), int(shape["hidden"]), *manifest.merging)
@@ -96,10 +113,33 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Vis
         ) from None
     load_projector(projector, folder)
     if manifest.own_llm:
-        language_model = load_language_model(str(folder), dtype=dtype)
+        language_model = load_language_model(str(folder), dtype=dtype, verified=True)
     else:
+        _require_same_files(folder, manifest)
         language_model = load_language_model(manifest.llm["model"], revision=manifest.llm["revision"], dtype=dtype)
     return VisionLanguageModel(projector, language_model), manifest
+
+
+def _require_same_files(folder: str | Path, manifest: Manifest) -> None:
+    """Raises `PipelineError` naming a file of the frozen language model that is another than in training."""
+    model, trained = manifest.llm["model"], manifest.llm.get("files", {})
+    found = language_model_files(model, revision=manifest.llm["revision"]) if trained else {}
+    for name in sorted(trained.keys() | found.keys()):
+        if trained.get(name) != found.get(name):
+            what = "has changed" if name in trained and name in found else "is gone" if name in trained else "has come"
+            raise PipelineError(
+                f"{what} since {folder} was trained with it",
+                where=f"{model}/{name}",
+                remedy="bring it back, or train again: dvc repro -f pretrain",
+                code=ARTEFACT,
+            )
+
+
+def _remedy(folder: Path) -> str:
+    """What makes a damaged checkpoint anew."""
+    if folder.parent.name == "models" and folder.name in ("pretrain", "sft"):
+        return f"dvc repro -f -s {folder.name}"
+    return "write it anew with the command that made it, or copy it again"
 
 
 def load_projector(projector: torch.nn.Module, folder: str | Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.params import Dataset, StageParams, Training
 from pipeline.records import no_pictures
 from pipeline.text import PromptBuilder, TokenTable
 from pipeline.vlm.batches import LONGEST, Examples, Schedule, Sharing
-from pipeline.vlm.model import VisionLanguageModel, cast_frozen, choose_attention, freeze
+from pipeline.vlm.model import VisionLanguageModel, cast_frozen, checkpoint, choose_attention, freeze, language_model_files
 from pipeline.vlm.training.loop import MIXED
 from pipeline.vlm.training.parts import check_start, choose_sharing, make_builder, make_model, open_feature_sources
 
@@ -32,6 +32,8 @@ class TrainingRun:
         model, attention: what trains, on its device, and the name of its attention.
         examples, heldout: what it trains on, and what it is measured on.
         halved: whether parameters that do not train are held in bfloat16 beside float32 ones that do.
+        own_llm: whether the language model is another than the one that `llm` names: trained here, or in what it goes on from.
+        frozen_files: `files`, the checksums of that one's, where it is not.
     """
 
     name: str
@@ -47,6 +49,8 @@ class TrainingRun:
     examples: Examples
     heldout: Examples
     halved: bool
+    own_llm: bool
+    frozen_files: dict[str, dict[str, str]]
 
     @property
     def schedule(self) -> Schedule:
@@ -74,6 +78,8 @@ def assemble(params: StageParams, training: Training, *, dataset: Dataset, name:
     if start is not None:
         check_start(params, encoder, builder, start)
     model = make_model(params, training, encoder, precision, start)
+    own_llm = training.train != "projector" or (start is not None and checkpoint.read_manifest(start).own_llm)
+    files = {} if own_llm else {"files": language_model_files(params.llm.model, revision=params.llm.revision)}
     shared = choose_sharing(training, model, table, name, accelerator)
     # on a GPU held-out rows are not packed, and without that a mask costs more than it saves
     heldout_shared = choose_sharing(training, model, heldout, "heldout", accelerator) if device.type == "cpu" else None
@@ -106,6 +112,8 @@ def assemble(params: StageParams, training: Training, *, dataset: Dataset, name:
         examples=Examples(table, source, builder.image_id, shared, params.projector.factor),
         heldout=Examples(heldout, heldout_source, builder.image_id, heldout_shared, params.projector.factor),
         halved=halved,
+        own_llm=own_llm,
+        frozen_files=files,
     )
 
 

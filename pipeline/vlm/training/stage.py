@@ -9,8 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from pipeline.core import main_checkout, publish
 from pipeline.core.devices import pick_workers
 from pipeline.features import NoFeatures
@@ -56,20 +54,12 @@ def _training_state(run: TrainingRun) -> TrainingState:
         "projector": projector_shape(params),
         "precision": run.precision,
         "encoder": run.encoder.row_spec(),
-        "tokens": _file_digest(run.examples.table.path),
+        "tokens": run.examples.table.digest,
         "weights": weights_digest(run.model.parameters()),
     }
     if every := params.evaluate.every:
-        depends["heldout"] = {"every": every, "keep": training.keep, "rows": len(heldout), "tokens": _file_digest(heldout.path)}
+        depends["heldout"] = {"every": every, "keep": training.keep, "rows": len(heldout), "tokens": heldout.digest}
     return TrainingState(main_checkout() / ".dvc" / "tmp" / "resume", run.name, depends)
-
-
-def _file_digest(path: Path) -> str:
-    found = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _heldout_measurements(run: TrainingRun) -> Heldout | None:
@@ -116,7 +106,7 @@ def _whole_model(run: TrainingRun) -> VisionLanguageModel:
 
 def _save(run: TrainingRun, model: VisionLanguageModel, history: History, measured: Heldout | None) -> None:
     """The checkpoint to models/<name>, the history and held-out losses to results/<name>."""
-    vision, llm, start = run.params.vision, run.params.llm, run.start
+    vision, llm = run.params.vision, run.params.llm
     manifest = Manifest(
         vision={
             "model": vision.model,
@@ -125,9 +115,9 @@ def _save(run: TrainingRun, model: VisionLanguageModel, history: History, measur
             "precision": vision.precision,
             "spec": run.encoder.spec(),
         },
-        llm={"model": llm.model, "revision": llm.revision, "image_token": llm.image_token},
+        llm={"model": llm.model, "revision": llm.revision, "image_token": llm.image_token, **run.frozen_files},
         projector=projector_shape(run.params) | {"width": run.encoder.width, "hidden": model.hidden_size},
-        own_llm=run.training.train != "projector" or (start is not None and checkpoint.read_manifest(start).own_llm),
+        own_llm=run.own_llm,
     )
     checkpoint.save(Path("models") / run.name, model, manifest, run.builder)
     results = Path("results") / run.name

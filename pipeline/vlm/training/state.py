@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline.core import ARTEFACT, PipelineError, brief, fingerprint, publish_folder
+from pipeline.core import ARTEFACT, PipelineError, brief, fingerprint, publish_folder, verify
 from pipeline.vlm.model import full_tensor, shard_like
 
 DEPENDS = "depends.json"
@@ -82,10 +82,11 @@ class TrainingState:
         """Put the newest readable state into model and optimiser; returns history and held-out losses, empty when there is none."""
         for folder in sorted((path for path in self.folder.glob("[0-9]*") if path.is_dir()), reverse=True):
             try:
+                verify(folder, remedy="")
                 tensors = load_file(folder / "state.safetensors")
                 notes = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError, SafetensorError):
-                print(f"resume: {folder} is not readable and is passed over", flush=True)
+            except (PipelineError, OSError, ValueError, SafetensorError) as error:
+                print(f"resume: {folder} is not whole and is passed over ({brief(error)})", flush=True)
                 continue
             _put(model, tensors)
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -105,6 +106,7 @@ class TrainingState:
         """The weights of the state after so many steps; raises `PipelineError` where it cannot be read."""
         path = self._state(steps) / "state.safetensors"
         try:
+            verify(path.parent, remedy=f"remove {self.folder} and run again")
             _put(model, load_file(path))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             remedy = f"remove {self.folder} and run again"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import DIALECTS, HIDDEN, PATCHES, WIDTH, World
 
+from pipeline.core.checksums import sign
 from pipeline.core.errors import PipelineError
 from pipeline.features.sources import StoredFeatures
 from pipeline.records.record import ImageSlot, Turn
@@ -84,7 +85,7 @@ def test_a_saved_tokenizer_builds_the_same_prompts(
 def test_a_new_model_replaces_the_whole_folder(world: World, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "m", world.model(), manifest_of(world, own_llm=True), world.builder)
     checkpoint.save(tmp_path / "m", world.model(), manifest_of(world, own_llm=False), world.builder)
-    assert {file.name for file in (tmp_path / "m").iterdir()} == {"projector.safetensors", "glance.json"}
+    assert {file.name for file in (tmp_path / "m").iterdir()} == {"projector.safetensors", "glance.json", "checksums.json"}
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
 
 
@@ -152,11 +153,15 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.parametrize("checksums", ["as they were", "of what is there"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path: Path, good: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path: Path, good: Path, damage: str, checksums: str) -> None:
     folder = tmp_path / "m"
     shutil.copytree(good, folder)
     DAMAGE[damage](folder)
+    if checksums == "of what is there" and folder.exists():
+        (folder / "checksums.json").unlink()
+        sign(folder)
     with pytest.raises(PipelineError) as caught:
         checkpoint.load(folder)
     assert str(folder) in caught.value.line()

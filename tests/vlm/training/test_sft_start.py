@@ -9,6 +9,7 @@ import torch
 from conftest import HIDDEN, ROWS, WIDTH, World
 from safetensors.torch import load_file
 
+from pipeline.core.checksums import record
 from pipeline.core.errors import PipelineError
 from pipeline.export.llava import write_model
 from pipeline.export.marker import write_marker
@@ -35,6 +36,7 @@ def _project(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     table = world.tokens(ROWS, "sft-start")
     for name in ("sft", "heldout"):
         shutil.copy(table.path, tmp_path / "data/tokens" / f"{name}.arrow")
+        record(tmp_path / "data/tokens" / f"{name}.arrow")
     save(world, Path("models/pretrain"), kind="mlp")
 
 

@@ -96,7 +96,7 @@ def test_a_damaged_newest_state_is_passed_over_aloud(world: World, tmp_path: Pat
     shutil.copytree(newest, resume.folder / "00000009")
     (resume.folder / "00000009/state.safetensors").write_bytes(b"half")
     resumed, history = attempt(world, "projector", Checkpointer(resume, minutes=60))
-    assert "00000009 is not readable" in capsys.readouterr().out
+    assert "00000009 is not whole" in capsys.readouterr().out
     whole, undisturbed = attempt(world, "projector", None)
     assert (bits(resumed), history) == (bits(whole), undisturbed)
 
