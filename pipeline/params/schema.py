@@ -56,6 +56,7 @@ Below = Annotated[str, AfterValidator(_below)]
 Format = Literal["auto", "jsonl", "json", "csv", "parquet", "arrow", "webdataset", "folder", "hub"]
 Columns = dict[Literal["turns", "images", "text"], str]
 Unplaced = Literal["refuse", "first"]
+Links = Literal["follow", "refuse"]
 
 
 class Part(Section):
@@ -82,6 +83,7 @@ class Dataset(Section):
     columns: Columns = Field(default_factory=dict)
     prompt: str = "<image>"
     unplaced: Unplaced = "refuse"
+    links: Links = "follow"
     seed: Count = 0
 
 

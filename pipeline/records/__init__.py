@@ -1,16 +1,18 @@
 """Any data set in, records out: a `Record` is one conversation with the names of its images, whatever file it came from.
 
 formats    readers, chosen from a file's content          record     what a row becomes, and the rules it is held to
-images     where pictures are, and the one decoder        datasets   a data set as params.yaml names it, bad rows dealt with
+images     where pictures are, and their bytes            decoder    bytes -> pixels, for every stage
+datasets   a data set as params.yaml names it, bad rows dealt with
 `python -m pipeline.records repack` writes a Parquet file again in small row groups.
 """
 
 from pipeline.records.datasets import good_rows, measured_rows, no_pictures, open_dataset, picture_is_used, row_policy, side_of
+from pipeline.records.decoder import DECODER, FORMATS, check_size, decode
 from pipeline.records.formats import BadRow, Digests, GoodImages, Mixture, Source, SourceSpec, Split, readable
 from pipeline.records.formats.policy import SHOWN
 from pipeline.records.formats.row import bad_record
 from pipeline.records.formats.split import Side
-from pipeline.records.images import DECODER, FORMATS, ImageError, Images, as_arrow, check_size, decode, digest
+from pipeline.records.images import ImageError, Images, as_arrow, digest, read_file
 from pipeline.records.record import PLACEHOLDER, ImageSlot, Record, Turn
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "no_pictures",
     "open_dataset",
     "picture_is_used",
+    "read_file",
     "readable",
     "row_policy",
     "side_of",

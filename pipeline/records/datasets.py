@@ -15,6 +15,7 @@ from pipeline.params import Data, Dataset, HeldOut, Part
 from pipeline.records.formats import Columns, Digests, Mixture, RowPolicy, Source, SourceSpec, Split, open_source, readable
 from pipeline.records.formats.detect import expand
 from pipeline.records.formats.split import Side, is_held_out
+from pipeline.records.images import FORBIDDEN, leads_out
 from pipeline.records.record import Record
 
 
@@ -34,7 +35,7 @@ def open_dataset(dataset: Dataset, *, limit: int = 0) -> Source | Mixture:
         raise PipelineError("no such folder, and its mix is of files below it", where=dataset.records, remedy=_PATTERN)
     specs, owner = [], dict[str, str]()
     for pattern, part in dataset.mix.items():
-        files = _matched(dataset.records, pattern)
+        files = _matched(dataset.records, pattern, dataset.links)
         for file in files:
             if file in owner:
                 what = f"is met by {owner[file]!r} and by {pattern!r}"
@@ -47,11 +48,14 @@ def open_dataset(dataset: Dataset, *, limit: int = 0) -> Source | Mixture:
 _PATTERN = "set data.*.records to a folder and name patterns below it in data.*.mix"
 
 
-def _matched(folder: str, pattern: str) -> list[str]:
+def _matched(folder: str, pattern: str, links: str) -> list[str]:
     try:
-        return expand(os.path.join(glob.escape(folder), pattern))
+        files = expand(os.path.join(glob.escape(folder), pattern))
     except PipelineError as error:
         raise PipelineError(error.what, where=os.path.join(folder, pattern), remedy="correct data.*.mix") from None
+    if out := next((file for file in files if links == "refuse" and leads_out(file, folder)), None):
+        raise PipelineError("a link that leads out of the data set's folder", where=out, remedy=FORBIDDEN)
+    return files
 
 
 def _spec(dataset: Dataset, records: str | tuple[str, ...], part: Part, limit: int) -> SourceSpec:
@@ -65,6 +69,7 @@ def _spec(dataset: Dataset, records: str | tuple[str, ...], part: Part, limit: i
         prompt=dataset.prompt if part.prompt is None else part.prompt,
         unplaced=part.unplaced or dataset.unplaced,
         limit=limit,
+        links=dataset.links,
         weight=part.weight,
     )
 

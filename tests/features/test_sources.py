@@ -19,7 +19,8 @@ from pipeline.features.encoder.tower import load_tower
 from pipeline.features.extraction import extract
 from pipeline.features.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
 from pipeline.features.store.store import FeatureStore
-from pipeline.records.images import ImageRoot, decode
+from pipeline.records.decoder import decode
+from pipeline.records.images import ImageRoot
 from pipeline.vlm.batches.collate import collate
 from pipeline.vlm.model.vlm import VisionLanguageModel
 

@@ -32,7 +32,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from pipeline.core.errors import PipelineError
 from pipeline.features.encoder.encoder import Encoder
 from pipeline.params.reading import load
-from pipeline.records.images import decode
+from pipeline.records.decoder import decode
 from pipeline.records.record import ImageSlot, Turn
 from pipeline.text.builder import PromptBuilder
 from pipeline.vlm.model.freezing import freeze

@@ -22,7 +22,7 @@ from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
 from pipeline.features.extraction import Processes, extract
 from pipeline.features.store.store import FeatureStore
-from pipeline.records import images as images_module
+from pipeline.records import decoder
 from pipeline.records.formats import Digests, GoodImages, readable
 from pipeline.records.images import ImageError, ImageRoot, digest
 from pipeline.records.record import Record
@@ -169,7 +169,7 @@ def test_a_hole_that_can_be_decoded_after_all_is_filled(
     files, hashes = distinct_images([(broken, [f"{number}.png" for number in range(4)])])
     options: dict[str, Any] = {"stores": [tmp_path / "s"], "out": tmp_path / "o", "shard_rows": 3, "workers": 0, "skip": True}
     with monkeypatch.context() as patched:
-        patched.setattr(images_module, "MAX_PIXELS", 10)
+        patched.setattr(decoder, "MAX_PIXELS", 10)
         assert extract(files, hashes, encoders["clip"], **options).images == 0
     assert FeatureStore(tmp_path / "o").find(hashes).tolist() == [-1] * 4
     done = extract(files, hashes, encoders["clip"], **options)

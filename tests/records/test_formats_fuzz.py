@@ -37,8 +37,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.core.errors import PipelineError
+from pipeline.records.decoder import decode
 from pipeline.records.formats import BadRow, SourceSpec, detect
-from pipeline.records.images import ImageError, decode
+from pipeline.records.images import ImageError
 from pipeline.records.record import Record
 
 

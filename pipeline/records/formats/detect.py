@@ -5,26 +5,27 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.core import PipelineError, brief
 from pipeline.records.formats.array import JsonArray
 from pipeline.records.formats.columnar import Arrow, Parquet
-from pipeline.records.formats.folder import Folder
+from pipeline.records.formats.folder import Folder, place_of
 from pipeline.records.formats.lines import JsonLines
 from pipeline.records.formats.row import Reader
 from pipeline.records.formats.table import Table, delimiter_of
 from pipeline.records.formats.tars import Tar
 
-# The reader of each format, made from a file and the columns that are wanted (see also `pipeline.params.schema`)
-READERS: dict[str, Callable[[str, frozenset[str]], Reader]] = {
-    "jsonl": lambda file, _: JsonLines(file),
-    "json": lambda file, _: JsonArray(file),
-    "csv": lambda file, _: Table(file),
-    "parquet": Parquet,
-    "arrow": Arrow,
-    "webdataset": lambda file, _: Tar(file),
-    "folder": lambda file, _: Folder(file),
+# The reader of each format, made from a file, the columns that are wanted, and whether links are followed
+READERS: dict[str, Callable[[str, frozenset[str], bool], Reader]] = {
+    "jsonl": lambda file, *_: JsonLines(file),
+    "json": lambda file, *_: JsonArray(file),
+    "csv": lambda file, *_: Table(file),
+    "parquet": lambda file, wanted, _: Parquet(file, wanted),
+    "arrow": lambda file, wanted, _: Arrow(file, wanted),
+    "webdataset": lambda file, *_: Tar(file),
+    "folder": lambda file, _, follow: Folder(file, follow),
 }
 FORMATS = (*READERS, "hub")  # whose files are Arrow's
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # an ImageFolder of `datasets`
@@ -43,6 +44,7 @@ def expand(records: str | tuple[str, ...]) -> list[str]:
         if os.path.exists(name):
             found.append(name)
         elif glob.has_magic(name):
+            _refuse_loops(name)
             files = sorted(glob.glob(name, recursive=True), key=os.fsencode)
             if not files:
                 raise PipelineError("no file matches", where=name, remedy="set data.*.records")
@@ -57,6 +59,21 @@ def expand(records: str | tuple[str, ...]) -> list[str]:
     if twice:
         raise PipelineError("stands twice among the files", where=twice[0], remedy="set data.*.records")
     return found
+
+
+def _refuse_loops(pattern: str) -> None:
+    """A `**` follows links, and would go round for ever where one leads back to a folder above it."""
+    if "**" not in pattern:
+        return
+    for top in glob.glob(os.path.dirname(pattern.partition("**")[0]) or "."):
+        waiting = [(top, frozenset[tuple[int, int]]())]
+        while waiting:
+            folder, above = waiting.pop()
+            place = place_of(folder)
+            if place in above:
+                raise PipelineError("a link that leads back to a folder above it", where=folder, remedy="remove the link")
+            with suppress(OSError), os.scandir(folder) as entries:
+                waiting += [(entry.path, above | {place}) for entry in entries if entry.is_dir()]
 
 
 def detect(path: str) -> str:
@@ -145,7 +162,10 @@ def saved_files(folder: str) -> list[str]:
     """The Arrow files of a folder that `datasets` saved, in their order; raises `PipelineError` when its list is broken."""
     try:
         state = json.loads(Path(folder, "state.json").read_text(encoding="utf-8"))
-        files = [str(Path(folder, entry["filename"])) for entry in state["_data_files"]]
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+        if out := next((name for name in names if os.path.isabs(name) or ".." in Path(name).parts), None):
+            raise ValueError(f"{out!r:.100} lies outside the folder")
+        files = [str(Path(folder, name)) for name in names]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PipelineError(f"its list of files is broken: {brief(error)}", where=f"{folder}/state.json") from None
     if missing := next((file for file in files if not os.path.isfile(file)), None):

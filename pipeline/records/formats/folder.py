@@ -13,7 +13,7 @@ from pipeline.records.formats.conversation import TEXT_KEYS, TURN_KEYS
 from pipeline.records.formats.lines import parse_object
 from pipeline.records.formats.pictures import listed
 from pipeline.records.formats.row import MAX_ROW, BadRow, Row
-from pipeline.records.images import ImageError, ImageRoot
+from pipeline.records.images import FORBIDDEN, ImageError, ImageRoot, leads_out
 
 SIDECARS = ("txt", "json")
 
@@ -26,30 +26,41 @@ def sidecar_content(text: str | None, row: dict[str, Any] | None) -> dict[str, A
 
 
 class Folder:
-    """A folder and the folders within it, in the order of their names' bytes; hidden files and linked folders are left out."""
+    """A folder and the folders within it, in the order of their names' bytes; hidden files are left out.
 
-    def __init__(self, file: str) -> None:
-        self.file = file
+    Linked folders are gone through as others are; one that leads back to a folder above it is a bad row, and so is one that
+    leads out where links are not to be followed.
+    """
+
+    def __init__(self, file: str, follow: bool = True) -> None:
+        self.file, self._follow = file, follow
 
     def names(self) -> None:
         """Sidecars have keys of their own."""
 
     def rows(self) -> Iterator[Row | BadRow]:
-        yield from self._walk("")
-
-    def _walk(self, within: str) -> Iterator[Row | BadRow]:
-        try:
-            with os.scandir(os.path.join(self.file, within)) as scan:
-                entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda e: os.fsencode(e.name))
-        except OSError as error:
-            yield BadRow(self.file, within or ".", f"cannot be listed: {error.strerror}", rows=1, ends_file=True)
-            return
-        folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        files = [entry.name for entry in entries if not entry.is_dir()]
-        for stem, names in groupby(sorted(files, key=_stem_first), key=lambda name: name.rpartition(".")[0] or name):
-            yield self._sample(within, stem, list(names))
-        for name in folders:
-            yield from self._walk(os.path.join(within, name))
+        waiting = [("", frozenset[tuple[int, int]]())]
+        while waiting:
+            within, above = waiting.pop()
+            path = os.path.join(self.file, within)
+            try:
+                place = place_of(path)
+                with os.scandir(path) as scan:
+                    entries = [entry for entry in scan if not entry.name.startswith(".")]
+            except OSError as error:
+                yield BadRow(self.file, within or ".", f"cannot be listed: {error.strerror}", rows=1, ends_file=True)
+                return
+            if place in above:
+                yield BadRow(self.file, within, "a link that leads back to a folder above it", "remove the link")
+                continue
+            if not self._follow and leads_out(path, self.file):
+                yield BadRow(self.file, within, "a link that leads out of the folder", FORBIDDEN)
+                continue
+            entries.sort(key=lambda entry: os.fsencode(entry.name))
+            files = [entry.name for entry in entries if not entry.is_dir()]
+            for stem, names in groupby(sorted(files, key=_stem_first), key=lambda name: name.rpartition(".")[0] or name):
+                yield self._sample(within, stem, list(names))
+            waiting += [(os.path.join(within, e.name), above | {place}) for e in reversed(entries) if e.is_dir()]
 
     def _sample(self, within: str, stem: str, names: list[str]) -> Row | BadRow:
         where = os.path.join(within, stem)
@@ -81,7 +92,8 @@ class Folder:
     def _text(self, within: str, name: str) -> str:
         if os.stat(os.path.join(self.file, within, name)).st_size > MAX_ROW:
             raise PipelineError(f"its sidecar is longer than {MAX_ROW >> 20} MiB")
-        return ImageRoot(self.file).read(os.path.join(within, name)).decode("utf-8-sig").strip("\r\n")  # it cannot leave the folder
+        text = ImageRoot(self.file, follow=self._follow).read(os.path.join(within, name))
+        return text.decode("utf-8-sig").strip("\r\n")
 
     def _check_named(self, content: dict[str, Any], picture: str) -> None:
         """A sidecar may name its picture; naming another one is a mistake in one of the two."""
@@ -92,6 +104,12 @@ class Folder:
 
     def content(self, key: int) -> dict[str, Any]:
         raise ImageError("a folder's pictures are files", where=f"{self.file}:{key}")
+
+
+def place_of(folder: str) -> tuple[int, int]:
+    """By which a folder is known under whatever name; raises OSError."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 def _stem_first(name: str) -> tuple[bytes, bytes]:

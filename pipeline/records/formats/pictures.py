@@ -16,8 +16,9 @@ from typing import Any
 from PIL import Image
 
 from pipeline.core import PipelineError, brief
+from pipeline.records.decoder import FORMATS
 from pipeline.records.formats.row import Bytes, Reader
-from pipeline.records.images import FORMATS, ImageError, ImageRoot
+from pipeline.records.images import ImageError, ImageRoot
 from pipeline.records.record import bad_row, is_half_surrogate
 
 FILLER = 8  # pixels: side of the picture that stands in a column that may not be empty
@@ -114,6 +115,7 @@ class Pictures:
         root: folder or zip for pictures that are files; "" where rows name none.
         open_reader: a file of rows -> its reader. Must pickle.
         pictures_of: a row's content -> its pictures in slot order. Must pickle.
+        follow: links below `root`, as `ImageRoot` says.
     """
 
     def __init__(
@@ -123,10 +125,11 @@ class Pictures:
         files: frozenset[str],
         open_reader: Callable[[str], Reader],
         pictures_of: Callable[[dict[str, Any]], list[Any]],
+        follow: bool = True,
     ) -> None:
         self.path = path
-        self._made_from = path, root, files, open_reader, pictures_of
-        self._root = ImageRoot(root) if root else None
+        self._made_from = path, root, files, open_reader, pictures_of, follow
+        self._root = ImageRoot(root, follow=follow) if root else None
         self._files, self._open_reader, self._pictures_of = files, open_reader, pictures_of
         self._readers: dict[str, Reader] = {}
         self._owner, self._lock = -1, threading.Lock()

@@ -31,6 +31,7 @@ class SourceSpec:
         unplaced: a row with pictures and no `<image>`: "refuse" it, or put them "first".
         split, revision: of a hub data set.
         limit: the first records only; 0 = all.
+        links: below folders that rows name files in: "follow" them, or "refuse" those that lead out.
         weight: how often each row is taken, in a mixture: 2 = twice, 0.25 = a seeded quarter of them.
         name: what messages call it; "" = its (first) records.
     """
@@ -44,12 +45,13 @@ class SourceSpec:
     split: str = ""
     revision: str = ""
     limit: int = 0
+    links: str = "follow"
     weight: float = 1.0
     name: str = ""
 
 
-def _open(formats: dict[str, str], wanted: frozenset[str], file: str) -> Reader:
-    return READERS[formats[file]](file, wanted)
+def _open(formats: dict[str, str], wanted: frozenset[str], follow: bool, file: str) -> Reader:
+    return READERS[formats[file]](file, wanted, follow)
 
 
 def _pictures_of(reading: Reading, content: dict[str, Any]) -> list[Any]:
@@ -64,7 +66,8 @@ class Source:
         self._reading = Reading(spec.columns, spec.prompt, spec.unplaced)
         self.formats = _formats(spec)
         self._files = frozenset(self.formats)
-        opened = partial(_open, self.formats, spec.columns.wanted())
+        follow = spec.links == "follow"
+        opened = partial(_open, self.formats, spec.columns.wanted(), follow)
         self._readers = [opened(file) for file in self.formats]
         for reader in self._readers:
             try:
@@ -74,7 +77,8 @@ class Source:
             if names is not None:
                 spec.columns.check(names, reader.file)
         label = spec.name or (spec.records if isinstance(spec.records, str) else spec.records[0])
-        self.images = Pictures(label, _image_root(spec, self.formats), self._files, opened, partial(_pictures_of, self._reading))
+        root = _image_root(spec, self.formats)
+        self.images = Pictures(label, root, self._files, opened, partial(_pictures_of, self._reading), follow=follow)
 
     def records(self) -> Iterator[Record | BadRow]:
         """Every row once, in order, as a record or as what is wrong with it; nothing behind the limit is looked at."""

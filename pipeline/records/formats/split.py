@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.core import ARTEFACT, PipelineError, brief
+from pipeline.records.decoder import decode
 from pipeline.records.formats.row import BadRow, bad_record
 from pipeline.records.formats.source import draw
-from pipeline.records.images import ImageError, Images, decode, digest
+from pipeline.records.images import ImageError, Images, digest
 from pipeline.records.record import ImageSlot, Record
 
 Side = Literal["train", "heldout"]
