@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from benchmarks.figures import read, record
 from benchmarks.kills import Ended, Trials, run
-from pipeline.core.errors import ARTEFACT, PipelineError, exit_on_error
+from pipeline.core.errors import ARTEFACT, PipelineError
+from pipeline.core.frame import exit_on_error
 from pipeline.core.quiet import quiet_libraries
 from pipeline.features.__main__ import app as features
 from pipeline.features.distinct import distinct_images

@@ -28,7 +28,7 @@ from benchmarks.figures import record
 from benchmarks.naive import RECIPES
 from benchmarks.turns import Bench, Found
 from benchmarks.world import LLAMAS, QUESTIONS, build
-from pipeline.core.errors import exit_on_error
+from pipeline.core.frame import exit_on_error
 
 TUNED = 288  # the padded length that a user who has measured these rows would set
 EPOCHS = 4  # of MiniMind-V's pretraining: what one extraction serves

@@ -29,7 +29,8 @@ from typing import Any, NoReturn
 import h5py
 from tqdm import tqdm
 
-from pipeline.core.errors import RESOURCE, exit_on_error
+from pipeline.core.errors import RESOURCE
+from pipeline.core.frame import exit_on_error
 
 WATCHED: dict[Any, str] = {  # whatever changes a file or makes it last, by who owns the name
     os: "mkdir rmdir unlink remove link symlink replace rename renames chmod fchmod truncate ftruncate posix_fallocate "

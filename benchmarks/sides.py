@@ -24,7 +24,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from benchmarks.naive import RECIPES, NaiveModel, Recipe, Rows, make_loader, masked_loss, train_naive
 from benchmarks.world import IMAGE_TOKEN, World
 from pipeline.core.devices import peak_memory_gb, use_fast_float32
-from pipeline.core.errors import exit_on_error
+from pipeline.core.frame import exit_on_error
 from pipeline.core.quiet import quiet_libraries
 from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder

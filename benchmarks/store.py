@@ -33,7 +33,8 @@ from benchmarks.peers import H5PY, PEERS
 from benchmarks.rows import ROW_BYTES, Side
 from benchmarks.warm import BATCHES, HEADLINE, MEMCPY, MEMCPY_ROWS, measure_warm
 from benchmarks.writer import measure_writer
-from pipeline.core.errors import ARTEFACT, RESOURCE, USAGE, PipelineError, brief, exit_on_error
+from pipeline.core.errors import ARTEFACT, RESOURCE, USAGE, PipelineError, brief
+from pipeline.core.frame import exit_on_error
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 WIDTH = 110  # columns of the tables, also where the output is no terminal

@@ -25,7 +25,8 @@ from benchmarks.constant import follow_check, follow_tokenize
 from benchmarks.figures import read, record
 from benchmarks.talk import write_rows
 from benchmarks.tokenizing import alone, hash_pictures, measure_speed, train_tokenizer
-from pipeline.core.errors import USAGE, PipelineError, exit_on_error
+from pipeline.core.errors import USAGE, PipelineError
+from pipeline.core.frame import exit_on_error
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 WIDTH = 110  # columns of the tables, also where the output is no terminal

@@ -2,7 +2,8 @@
 
 import typer
 
+from pipeline.core import run_command
 from pipeline.export.from_gguf import from_gguf
 
 if __name__ == "__main__":
-    typer.run(from_gguf)
+    run_command(lambda: typer.run(from_gguf))

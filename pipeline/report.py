@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.core import ARTEFACT, PipelineError, exit_on_error
+from pipeline.core import ARTEFACT, PipelineError, run_command
 
 STAGES = ("extract", "tokenize", "pretrain", "sft")
 
@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    run_command(main)

@@ -3,6 +3,7 @@
 import typer
 
 from pipeline.chat.web import serve
+from pipeline.core import run_command
 
 if __name__ == "__main__":
-    typer.run(serve)
+    run_command(lambda: typer.run(serve))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from pipeline.core import PipelineError, main_checkout, publish, publish_folder, to_json
+from pipeline.core import PipelineError, main_checkout, publish, publish_folder, to_json, writing
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_device, use_fast_float32
 from pipeline.features import Encoder, Extraction, Processes, distinct_images, extract, load_encoder
 from pipeline.params import StageParams
@@ -92,17 +92,21 @@ def _names(source: Source | Mixture, data: Any, needed: str) -> Iterator[str]:
 
 
 def _write_meta(encoder: Encoder, good: np.ndarray) -> None:
-    with publish_folder(Path("data/features_meta")) as folder:
+    meta = Path("data/features_meta")
+    with publish_folder(meta) as folder, writing(meta):
         (folder / "encoder.json").write_text(to_json({"tokens": encoder.tokens, "width": encoder.width}), encoding="utf-8")
         np.save(folder / "images.npy", GoodImages.table(good))
 
 
 def _write_rejected(bad: list[PipelineError]) -> None:
     table, bad = Path("data/features_rejected.csv"), list({error.where: error for error in bad}.values())
-    with publish(table) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as text:
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("image", "reason", "remedy"))
-        writer.writerows((error.where, error.what, error.remedy) for error in bad)
+    rows = [(error.where, error.what, error.remedy) for error in bad]
+    with (
+        publish(table) as temporary,
+        writing(table),
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as text,
+    ):
+        csv.writer(text, lineterminator="\n").writerows([("image", "reason", "remedy"), *rows])
     if bad:
         print(f"extract: {len(bad):,} images left out ({table}), first {bad[0].line()}", flush=True)
 

@@ -15,12 +15,12 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.core import PipelineError
+from pipeline.core import DEFECT, LAUNCHED, PipelineError, brief, debugging
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-SAID = "GLANCE_SAID"  # where the first process leaves its exit code
+SAID = LAUNCHED  # where the first process leaves its exit code
 TO_SAVE = 300  # seconds that processes have to end by themselves when a signal asks them to
 
 
@@ -87,8 +87,8 @@ def die_with_parent() -> None:
 def _report(failures: "dict[int, ProcessFailure]", folder: Path) -> int:
     """Show what the process that failed by itself had to say, unless it stands there already; returns its exit code.
 
-    When one is gone the others lose their connection to it, each with an error of its own. So an error in one line,
-    which is never that, goes before a process that was killed and before a traceback.
+    When one is gone the others lose their connection to it, each with an error of its own. So an error that is told
+    in one line, which is never that, goes before a process that was killed and before an unexpected error.
     """
 
     def order(rank: int) -> tuple[bool, bool, int]:
@@ -106,14 +106,21 @@ def _report(failures: "dict[int, ProcessFailure]", folder: Path) -> int:
             remedy="is memory short? lower micro_tokens, runtime.extract_batch or runtime.workers",
             code=128 - first.exitcode,
         )
-    if first.exitcode == 1:
-        for failure in failures.values():
-            message = failure.message
-            print(message["extraInfo"]["py_callstack"] if isinstance(message, dict) else message, file=sys.stderr)
+    if first.exitcode == DEFECT:
+        _tell_unexpected(rank, first.message)
     elif rank and _code_said(folder) != first.exitcode:  # else the first process has said the same, and was stopped before it ended
         said = [line for path in folder.glob(f"*/*/{rank}/stderr.log") for line in path.read_text().splitlines()]
         print("\n".join([line for line in said if line.startswith("error: ")] or said), file=sys.stderr, flush=True)
     return first.exitcode
+
+
+def _tell_unexpected(rank: int, message: Any) -> None:
+    """One line for an exception that no process has told: what it was, with `--debug` where it was, too."""
+    if isinstance(message, dict) and debugging():
+        print(message["extraInfo"]["py_callstack"], file=sys.stderr)
+    what = brief(Exception(message["message"] if isinstance(message, dict) else message))
+    remedy = "this is a defect of the program; --debug shows the traceback"
+    print(f"error: {PipelineError(f'process {rank + 1}: unexpected {what}', remedy=remedy).line()}", file=sys.stderr, flush=True)
 
 
 def _work(module: str) -> None:
@@ -128,7 +135,7 @@ def _work(module: str) -> None:
             Path(os.environ[SAID]).write_text(str(error.code), encoding="utf-8")
         raise
     except Exception:
-        sys.exit(1)
+        sys.exit(DEFECT)
 
 
 def _code_said(folder: Path) -> int | None:

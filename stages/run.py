@@ -6,17 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import PipelineError, exit_on_error, quiet_libraries
+from pipeline.core import PipelineError, exit_on_error, quiet_libraries, take_debug
 from pipeline.params import StageParams, load_for_stage, read_yaml
 from stages.launch import launch, require_devices
 
 PARALLEL = ("extract", "pretrain", "sft")
+_TRAINING = "lower {0}.micro_tokens (tokens of one pass), then {0}.batch_size; runtime.eval_batch while it answers questions"
+MEMORY = {  # what mends a lack of it
+    "extract": "lower runtime.extract_batch or runtime.workers",
+    "tokenize": "lower runtime.tokenize_workers",
+    "pretrain": _TRAINING.format("pretrain"),
+    "sft": _TRAINING.format("sft"),
+}
 
 
 def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
     """Run one stage in the project's root folder and write `metrics/<name>.json` from what it returns.
 
-    `seconds` and `peak_memory_gb` are added. A user's mistake ends as one line and a non-zero exit code.
+    `seconds` and `peak_memory_gb` are added. Whatever fails ends as one line and a non-zero exit code; `--debug` shows where.
     """
 
     def whole() -> None:
@@ -39,7 +46,8 @@ def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
         shown = ", ".join(f"{key} {value}" for key, value in figures.items() if not isinstance(value, dict))
         print(f"{name}: {shown}", flush=True)
 
-    exit_on_error(whole)
+    take_debug()
+    exit_on_error(whole, memory=MEMORY[name])
 
 
 def _require_listed_models(stage: str, params: StageParams) -> None:

@@ -7,6 +7,8 @@ that are broken. Stops when a picture that is held out is also trained on.
 """
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from pipeline.core import ARTEFACT, BAD_ROWS, PipelineError, brief, merged_tokens, publish_folder, verify
+from pipeline.core import ARTEFACT, BAD_ROWS, PipelineError, brief, merged_tokens, publish_folder, verify, writing
 from pipeline.params import Data, StageParams
 from pipeline.records import Mixture, Source, as_arrow, no_pictures, open_dataset, row_policy, side_of
 from pipeline.text import PromptBuilder, RowFilter, RowTokenizer, Summary, TokenTable, tokenize, write_tokens
@@ -31,7 +33,7 @@ def main(params: StageParams) -> dict[str, Any]:
     builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens)
     figures: dict[str, Any] = {}
     sources = {split: open_dataset(getattr(params.data, split), limit=params.data.limit) for split in SPLITS}
-    with publish_folder(Path("data/tokens")) as folder, (folder / "refused.jsonl").open("w", encoding="utf-8") as refused:
+    with publish_folder(Path("data/tokens")) as folder, _listing(folder / "refused.jsonl") as refuse:
         for split, source in sources.items():
             summary, row_filter = Summary(), _row_filter(params.data, split)
             with (
@@ -45,14 +47,31 @@ def main(params: StageParams) -> dict[str, Any]:
                     workers=params.runtime.tokenize_workers,
                     progress=bar.update,
                     reject=policy.reject,
-                    refuse=lambda row: refused.write(json.dumps(row) + "\n"),
+                    refuse=refuse,
                 )
-                write_tokens(folder / f"{split}.arrow", batches, builder.spec())
+                with closing(batches):
+                    write_tokens(folder / f"{split}.arrow", batches, builder.spec())
                 policy.accept(summary.rows_in - summary.bad)
             _tell(split, source, row_filter, summary)
             figures[split] = _figures(split, getattr(params.data, split).records, row_filter, summary)
         _require_held_out(folder)
     return figures
+
+
+@contextmanager
+def _listing(path: Path) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Yields what adds a row to a list of rows, a line each."""
+    with ExitStack() as opened:
+        with writing(path):
+            file = opened.enter_context(path.open("w", encoding="utf-8"))
+
+        def add(row: dict[str, str]) -> None:
+            with writing(path):
+                file.write(json.dumps(row) + "\n")
+
+        yield add
+        with writing(path):
+            file.close()
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

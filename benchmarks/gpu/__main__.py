@@ -22,7 +22,7 @@ from benchmarks.cold import in_child
 from benchmarks.figures import read, record
 from benchmarks.gpu import ceilings, encoder, extraction, generation, store, training
 from benchmarks.gpu.runner import Figures, Section, Setting, run_section
-from pipeline.core.errors import exit_on_error
+from pipeline.core.frame import exit_on_error
 
 TOTAL = 470.0  # seconds of all sections together; the last ones get what is left
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.chat.options import Device, MaxTokens, Model, Seed, Temperature, TopP, require_model
-from pipeline.core import PipelineError, exit_on_error
+from pipeline.core import PipelineError, exit_on_error, run_command
 
 if TYPE_CHECKING:  # heavy modules are imported once it is known that there is a model to load
     import torch
@@ -101,4 +101,4 @@ def _converse(assistant: "Assistant", talk: "Conversation", picture: "torch.Tens
 
 
 if __name__ == "__main__":
-    typer.run(chat)
+    run_command(lambda: typer.run(chat))

@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.check.counting import Spread
 from pipeline.check.facts import Model, facts
 from pipeline.check.survey import Report
-from pipeline.core import publish
+from pipeline.core import publish, writing
 
 WIDTH, HEIGHT, TOP, BOTTOM = 900, 220, 24, 26  # of the histogram, in its own units
 
@@ -40,7 +40,7 @@ def write_page(path: Path, reports: list[Report], model: Model, *, verdict: str,
         stops=any(report.bad.count or not report.rows for report in reports),
         sections=[_section(report, model) for report in reports],
     )
-    with publish(path) as temporary:
+    with publish(path) as temporary, writing(path):
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file's name may have half surrogates
 
 

@@ -7,6 +7,7 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -92,19 +93,21 @@ class PictureCheck:
         thumbnails: dict[str, str] = {}
         sound: list[_Look] = []
         bad: list[int] = []
-        for job, look in prefetch(self._jobs(records, known, drawn), self._look, depth=4 * self._threads, threads=self._threads):
-            if look.thumbnail:
-                thumbnails[job.name] = look.thumbnail
-            if not job.fresh:
-                continue
-            if look.problem is None:
-                sound.append(look)
-                continue
-            self.counts.missing += look.missing
-            self.counts.broken += not look.missing
-            bad.append(keys[job.name])
-            if len(self._reasons) < REASONS:
-                self._reasons[keys[job.name]] = look.problem
+        jobs = self._jobs(records, known, drawn)
+        with closing(prefetch(jobs, self._look, depth=4 * self._threads, threads=self._threads, where=self._place)) as looked:
+            for job, look in looked:
+                if look.thumbnail:
+                    thumbnails[job.name] = look.thumbnail
+                if not job.fresh:
+                    continue
+                if look.problem is None:
+                    sound.append(look)
+                    continue
+                self.counts.missing += look.missing
+                self.counts.broken += not look.missing
+                bad.append(keys[job.name])
+                if len(self._reasons) < REASONS:
+                    self._reasons[keys[job.name]] = look.problem
         self._note(sound)
         self.counts.referenced += sum(len(record.images) for record in records)
         self.counts.distinct += self._names.add(_array(keys.values()))
@@ -129,6 +132,9 @@ class PictureCheck:
                     except PipelineError as error:
                         data = error
                 yield _Job(name, data, fresh, thumbnail)
+
+    def _place(self, job: _Job) -> str:
+        return self._images.place(job.name)
 
     def _look(self, job: _Job) -> _Look:
         try:

@@ -5,7 +5,18 @@ Nothing comes in but the operating system and torch. What needs torch is importe
 """
 
 from pipeline.core.checksums import file_digests, is_signed, record, seal, sign, to_json, unseal, verify
-from pipeline.core.errors import ARTEFACT, BAD_ROWS, INTERRUPTED, NUMERIC, RESOURCE, USAGE, PipelineError, brief, exit_on_error
+from pipeline.core.errors import (
+    ARTEFACT,
+    BAD_ROWS,
+    DEFECT,
+    INTERRUPTED,
+    NUMERIC,
+    RESOURCE,
+    USAGE,
+    PipelineError,
+    brief,
+    final_name,
+)
 from pipeline.core.files import (
     link_or_copy,
     main_checkout,
@@ -13,40 +24,53 @@ from pipeline.core.files import (
     publish,
     publish_folder,
     remove_leftovers,
+    temporary_name,
     write_json,
+    writing,
 )
 from pipeline.core.fingerprint import fingerprint
+from pipeline.core.frame import LAUNCHED, as_line, debugging, exit_on_error, run_command, take_debug
 from pipeline.core.grid import merged_tokens
-from pipeline.core.prefetch import prefetch
+from pipeline.core.prefetch import patience, prefetch
 from pipeline.core.quiet import quiet_libraries
 
 __all__ = [
     "ARTEFACT",
     "BAD_ROWS",
+    "DEFECT",
     "INTERRUPTED",
+    "LAUNCHED",
     "NUMERIC",
     "RESOURCE",
     "USAGE",
     "PipelineError",
+    "as_line",
     "brief",
+    "debugging",
     "exit_on_error",
     "file_digests",
+    "final_name",
     "fingerprint",
     "is_signed",
     "link_or_copy",
     "main_checkout",
     "make_folder",
     "merged_tokens",
+    "patience",
     "prefetch",
     "publish",
     "publish_folder",
     "quiet_libraries",
     "record",
     "remove_leftovers",
+    "run_command",
     "seal",
     "sign",
+    "take_debug",
+    "temporary_name",
     "to_json",
     "unseal",
     "verify",
     "write_json",
+    "writing",
 ]

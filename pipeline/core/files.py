@@ -9,27 +9,60 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from pipeline.core.checksums import sign, to_json
-from pipeline.core.errors import RESOURCE, PipelineError
+from pipeline.core.errors import RESOURCE, PipelineError, brief
 
 DAY = 86400  # seconds
 
 
 @contextmanager
-def publish(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which takes its place, synced, when the block ends without an error."""
-    temporary = _temporary(path)
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses inside is told as `path` that cannot be written; so nothing else may be done inside.
+
+    Libraries written in Rust and torch have words of their own for a full disk. Raises `PipelineError`.
+    """
     try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError | SafetensorError) or any(mark in str(error) for mark in ("(os error", "unexpected pos")):
+            raise _unwritable(path, error) from None
+        raise
+
+
+def _unwritable(path: Path, error: Exception) -> PipelineError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror and "\n" not in error.strerror else brief(error)
+    return PipelineError(f"cannot be written: {reason}", where=str(path), code=RESOURCE)
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, which takes its place, synced, when the block ends without an error.
+
+    Only what is refused here, or names the temporary path, is told as `path` that cannot be written: a block that reads as it
+    writes puts its writes under `writing`.
+    """
+    temporary = temporary_name(path)
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+    try:
         yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        with writing(path):
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
     except OSError as error:
-        raise PipelineError(f"cannot be written: {error.strerror or error}", where=str(path), code=RESOURCE) from None
+        raise (_unwritable(path, error) if _names(error, temporary) else error) from None
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _names(error: OSError, temporary: Path) -> bool:
+    """Whether an error says that it is about a temporary path, or what lies below it."""
+    found = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
+    return any(path == temporary or temporary in path.parents for path in found)
 
 
 def make_folder(path: Path) -> None:
@@ -42,27 +75,30 @@ def make_folder(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """JSON, written whole or not at all."""
-    with publish(path) as temporary:
-        temporary.write_text(to_json(content), encoding="utf-8")
+    text = to_json(content)
+    with publish(path) as temporary, writing(path):
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
     """As `publish` for a folder: whatever stood at `path` is replaced by the finished new one, its `checksums.json` with it."""
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with writing(path):
         temporary.mkdir(parents=True)
+    try:
         yield temporary
-        sign(temporary)
-        for file in sorted(temporary.rglob("*")):
-            _sync(file)
-        _sync(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        with writing(path):
+            sign(temporary)
+            for file in sorted(temporary.rglob("*")):
+                _sync(file)
+            _sync(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+            _sync(path.parent)
     except OSError as error:
-        raise PipelineError(f"cannot be written: {error.strerror or error}", where=str(path), code=RESOURCE) from None
+        raise (_unwritable(path, error) if _names(error, temporary) else error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -81,12 +117,13 @@ def link_or_copy(source: Path, target: Path) -> bool:
         os.link(source, target)
         return True
     except OSError:
-        with publish(target) as temporary:
+        with publish(target) as temporary, writing(target):
             shutil.copyfile(source, temporary)
         return False
 
 
-def _temporary(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
+    """Where the content of `path` stands until it is whole: beside it, named by process and machine (see `remove_leftovers`)."""
     return path.with_name(f".{path.name}.{os.getpid()}@{_machine()}.tmp")
 
 

@@ -7,8 +7,6 @@ leave it replaced, and every model loaded after that lacks its tied weights (see
 import threading
 from typing import Any
 
-from safetensors import SafetensorError
-
 from pipeline.core.errors import ARTEFACT, PipelineError, brief
 
 ONE_AT_A_TIME = threading.Lock()
@@ -24,7 +22,9 @@ def load_pretrained(family: Any, model: str, *, where: str, revision: str = "", 
             return family.from_pretrained(
                 model, revision=revision or "main", trust_remote_code=False, output_loading_info=True, **options
             )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (PipelineError, MemoryError):
+        raise
+    except Exception as error:  # a hostile config.json raises whatever the code that trusts it stumbles over
         raise unloadable(model, error, where=where) from None
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.core import ARTEFACT, PipelineError, exit_on_error
+from pipeline.core import ARTEFACT, PipelineError, exit_on_error, run_command
 from pipeline.export.marker import check_target
 
 
@@ -64,9 +64,14 @@ def _restore(folder: Path, out: Path, encoder: Path | None) -> None:
     print(restore_model(folder, out, encoder=encoder), flush=True)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line: `import` goes the other way."""
     if sys.argv[1:2] == ["import"]:
         del sys.argv[1]
         typer.run(restore)
     else:
         typer.run(export)
+
+
+if __name__ == "__main__":
+    run_command(main)

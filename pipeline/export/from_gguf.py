@@ -49,14 +49,14 @@ def convert(file: Path, out: Path, *, dtype: str = "float32") -> list[str]:
     Raises `PipelineError` for a damaged file, another family or tokenizer, a tensor that would be lost, and when `out` is
     there already.
     """
-    from pipeline.core import publish_folder
+    from pipeline.core import publish_folder, writing
     from pipeline.minimind.importing import refuse_existing
 
     fields, numbers = _read_metadata(file)
     tokenizer = _tokenizer(file, fields)
     refuse_existing(out)
     model = _model(file, numbers, dtype)
-    with publish_folder(out) as temporary:
+    with publish_folder(out) as temporary, writing(out):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for path in temporary.glob("*.safetensors"):

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
-from pipeline.core import RESOURCE, PipelineError, brief, publish_folder
+from pipeline.core import RESOURCE, PipelineError, brief, publish_folder, writing
 from pipeline.export.card import write_card
 from pipeline.export.llava import write_model
 from pipeline.export.marker import check_target, write_marker
@@ -35,13 +35,16 @@ def export_model(folder: Path, out: Path, *, gguf: bool, dtype: str, rows: int) 
         if gguf:
             from pipeline.export.llamacpp import write_gguf
 
-            files = write_gguf(source, temporary, dtype=dtype)
+            with writing(out):
+                files = write_gguf(source, temporary, dtype=dtype)
         stock = Path(elsewhere) if gguf else temporary
-        parameters = write_model(source, stock, dtype)
-        write_processor(source, stock)
+        with writing(stock if gguf else out):
+            parameters = write_model(source, stock, dtype)
+            write_processor(source, stock)
         proof = prove(source, stock, shown, max_new_tokens=params.evaluate.max_new_tokens)
-        write_card(source, temporary, proof, parameters=parameters, dtype=dtype, gguf=gguf)
-        write_marker(temporary, source.manifest, dtype=dtype)
+        with writing(out):
+            write_card(source, temporary, proof, parameters=parameters, dtype=dtype, gguf=gguf)
+            write_marker(temporary, source.manifest, dtype=dtype)
     return _report(out, proof, files, parameters=parameters, dtype=dtype)
 
 

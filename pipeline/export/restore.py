@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedConfig, VipLlavaConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from pipeline.core import ARTEFACT, PipelineError, brief, publish_folder
+from pipeline.core import ARTEFACT, PipelineError, brief, publish_folder, writing
 from pipeline.export.llava import LAYERS
 from pipeline.export.marker import check_target, read_marker
 from pipeline.export.processor import own_template
@@ -162,9 +162,10 @@ def _write_encoder(
         raise PipelineError(
             f"not a vision tower: {brief(error)}", where=str(folder), remedy="export again", code=ARTEFACT
         ) from None
-    with publish_folder(out) as temporary:
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    with publish_folder(out) as temporary, writing(out):
         tower.save_pretrained(temporary)
-        AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False).save_pretrained(temporary)
+        processor.save_pretrained(temporary)
     layer = vision["layer"]
     if layer != -1:  # counted in a tower that may have lost the layers behind it
         layer = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pipeline.core import ARTEFACT, PipelineError, exit_on_error, unseal
+from pipeline.core import ARTEFACT, PipelineError, exit_on_error, run_command, unseal
 from pipeline.features.store.shards import Shard
 from pipeline.features.store.store import INDEX, FeatureStore
 from pipeline.params import load
@@ -128,4 +128,4 @@ def main_directions(features: torch.Tensor) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

@@ -1,6 +1,7 @@
 """The distinct pictures of data sets, known by the hash of their bytes, in order of first appearance."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 
 import numpy as np
 from tqdm import tqdm
@@ -40,14 +41,15 @@ def distinct_images(
         except ImageError as error:
             return ImageError(error.what, where=error.where, remedy=error.remedy)
 
-    done = prefetch(named(), read, depth=4 * threads, threads=threads)
-    for (file, is_wanted), key in tqdm(done, desc="extract: reading images", unit="image", mininterval=0.5, leave=False):
-        if isinstance(key, PipelineError):
-            if missing is None:
-                raise key
-            missing.append(key)
-        elif key not in seen and is_wanted(key):
-            seen.add(key)
-            files.append(file)
-            hashes.append(key)
+    ahead = prefetch(named(), read, depth=4 * threads, threads=threads, where=lambda job: job[0].where)
+    with closing(ahead), closing(tqdm(ahead, desc="extract: reading images", unit="image", mininterval=0.5, leave=False)) as done:
+        for (file, is_wanted), key in done:
+            if isinstance(key, PipelineError):
+                if missing is None:
+                    raise key
+                missing.append(key)
+            elif key not in seen and is_wanted(key):
+                seen.add(key)
+                files.append(file)
+                hashes.append(key)
     return files, np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)

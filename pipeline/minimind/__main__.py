@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.core import exit_on_error
+from pipeline.core import exit_on_error, run_command
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -66,4 +66,4 @@ def export(
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

@@ -8,7 +8,7 @@ from pipeline.core import ARTEFACT, PipelineError
 from pipeline.core.devices import DTYPES
 from pipeline.minimind.configuration import layout_of, settings
 from pipeline.minimind.convert import Tensors, from_transformers
-from pipeline.minimind.importing import refuse_existing, writing
+from pipeline.minimind.importing import refuse_existing
 from pipeline.minimind.layout import EMBEDDING, HEAD, Layout, check
 from pipeline.minimind.projector import READERS, to_minimind
 from pipeline.minimind.pth import check_finite, write_pth
@@ -47,8 +47,7 @@ def export_folder(source: Path, path: Path, *, dtype: str) -> list[str]:
         cast[HEAD] = cast[EMBEDDING]
     for name, tensor in cast.items():
         check_finite(name, tensor, where=where, remedy="--dtype float32" if dtype == "float16" else "")
-    with writing(path):
-        write_pth(path, cast)
+    write_pth(path, cast)
     return _report_export(path, layout, model.config, cast, kind, dtype)
 
 

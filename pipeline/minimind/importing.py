@@ -6,8 +6,6 @@ asked for, with the encoder that params.yaml names.
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from pipeline.core import ARTEFACT, RESOURCE, PipelineError, brief, publish_folder
+from pipeline.core import ARTEFACT, PipelineError, brief, publish_folder, writing
 from pipeline.core.devices import pick_device
 from pipeline.minimind.configuration import describe
 from pipeline.minimind.convert import Tensors, to_transformers
@@ -80,16 +78,18 @@ def import_file(path: Path, out: Path, *, given: Given, tokenizer: Path | None =
     for name, tensor in state.items():
         check_finite(name, tensor, where=where)
     made = _prepare_checkpoint(projector, tokenizer, image_token, out) if as_checkpoint else None
-    with writing(out), publish_folder(out) as temporary:
-        _write_language_model(temporary, state, config, loaded)
-        if tokenizer:
-            _copy_tokenizer(tokenizer, temporary)
+    with publish_folder(out) as temporary:
+        with writing(out):
+            _write_language_model(temporary, state, config, loaded)
+            if tokenizer:
+                _copy_tokenizer(tokenizer, temporary)
         if made:
             module, manifest, builder = made
             model = VisionLanguageModel(module, load_language_model(str(temporary), dtype=config.dtype))
             checkpoint.save(temporary, model, manifest, builder)
         elif projector:
-            _write_projector(temporary, projector)
+            with writing(out):
+                _write_projector(temporary, projector)
     return _report_import(out, layout, config, state, projector, tower, image_token, as_checkpoint, loaded is not None)
 
 
@@ -122,15 +122,6 @@ def refuse_existing(path: Path) -> None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise PipelineError("is there already", where=str(path), remedy="choose another place, or delete it first")
         path.parent.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the system refuses on the way to `path` becomes a `PipelineError`."""
-    try:
-        yield
-    except OSError as error:
-        raise PipelineError(f"cannot be written: {error.strerror or error}", where=str(path), code=RESOURCE) from None
 
 
 def _prepare_checkpoint(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.core import ARTEFACT, PipelineError, brief, publish
+from pipeline.core import ARTEFACT, PipelineError, brief, publish, writing
 from pipeline.core.devices import DTYPES
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
@@ -95,5 +95,5 @@ def check_finite(name: str, tensor: torch.Tensor, *, where: str, remedy: str = "
 
 def write_pth(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write the tensors in their order; the same tensors give the same bytes under any name."""
-    with publish(path) as temporary, temporary.open("wb") as file:
+    with publish(path) as temporary, writing(path), temporary.open("wb") as file:
         torch.save(tensors, file)

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from pipeline.core import exit_on_error
+from pipeline.core import run_command
 from pipeline.params.reading import check, override, read_yaml
 from pipeline.params.schema import (
     keys_of,
@@ -18,4 +18,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    run_command(main)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import typer
 from tqdm import tqdm
 
-from pipeline.core import PipelineError, brief, exit_on_error, publish
+from pipeline.core import PipelineError, brief, exit_on_error, publish, run_command
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -65,4 +65,4 @@ def _batches(parquet: pq.ParquetFile, rows: int, source: Path) -> Iterator[pa.Re
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

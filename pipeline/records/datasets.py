@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.core import BAD_ROWS, PipelineError
+from pipeline.core import BAD_ROWS, PipelineError, final_name
 from pipeline.params import Data, Dataset, HeldOut, Part
 from pipeline.records.formats import Columns, Digests, Mixture, RowPolicy, Source, SourceSpec, Split, open_source, readable
 from pipeline.records.formats.detect import expand
@@ -117,7 +117,7 @@ def row_policy(source: Source | Mixture, data: Data, *, rejected: Path | None = 
         yield policy
         policy.finish(where=str(source.images.path))
         if policy.bad:
-            where = f" ({rejected})" if rejected else ""
+            where = f" ({final_name(str(rejected))})" if rejected else ""
             print(f"{source.images.path}: {policy.bad:,} of {policy.good + policy.bad:,} rows left out{where}", flush=True)
 
 

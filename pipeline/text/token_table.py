@@ -12,7 +12,8 @@ The schema's metadata says which tokenizer, template and P made it. Nothing here
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core import ARTEFACT, PipelineError, brief, publish, record, verify
+from pipeline.core import ARTEFACT, PipelineError, brief, publish, record, verify, writing
 
 REMEDY = "dvc repro -f -s tokenize"
 
@@ -39,10 +40,29 @@ SCHEMA = pa.schema(
 def write_tokens(path: Path, batches: Iterable[pa.RecordBatch], spec: dict[str, Any]) -> None:
     """Stream record batches of `SCHEMA` to one Arrow file, which appears whole or not at all."""
     schema = SCHEMA.with_metadata({"spec": json.dumps(spec, sort_keys=True)})
-    with publish(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with publish(path) as temporary, _arrow_writer(path, temporary, schema) as write:
         for batch in batches:
-            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-    record(path)
+            write(batch.replace_schema_metadata(schema.metadata))
+    with writing(path):
+        record(path)
+
+
+@contextmanager
+def _arrow_writer(path: Path, temporary: Path, schema: pa.Schema) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    """Yields what writes a batch; only what writing itself raises is told as `path` that cannot be written."""
+    with ExitStack() as opened:
+        with writing(path):
+            sink = opened.enter_context(pa.OSFile(str(temporary), "wb"))
+            writer = pa.ipc.new_file(sink, schema)
+
+        def write(batch: pa.RecordBatch) -> None:
+            with writing(path):
+                writer.write_batch(batch)
+
+        yield write
+        with writing(path):
+            writer.close()
+            sink.close()
 
 
 @dataclass(frozen=True, slots=True)

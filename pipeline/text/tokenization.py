@@ -11,19 +11,18 @@ line with the reason. An image is never cut, and a row always keeps at least one
 
 import gc
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core import BAD_ROWS, PipelineError
+from pipeline.core import BAD_ROWS, PipelineError, prefetch
 from pipeline.records import BadRow, Digests, GoodImages, Images, Record, Side, Split, bad_record, readable
 from pipeline.text.builder import PromptBuilder
 from pipeline.text.prompts import Prompt, Prompts, to_bounds
@@ -199,37 +198,43 @@ def tokenize(
     progress: Callable[[int], object],
     reject: Callable[[BadRow], object] | None = None,
     refuse: Callable[[dict[str, str]], object] | None = None,
-) -> Iterator[pa.RecordBatch]:
+) -> Generator[pa.RecordBatch, Any, None]:
     """Record batches in the records' order, `total` filled on the way, by so many threads beside the one that reads.
 
     `reject` is told of every bad row and `refuse` of every row that is too long, in order. Raises `PipelineError` for the first
     bad row where there is nobody to tell, and under `too_long: stop` for the first ten of a chunk.
     """
     done: list[pa.RecordBatch] = []
-    for batch, found in _run(_chunks(rows), tokenizer, workers):
-        for name in ("rows_in", "rows", "tokens", "supervised", "images", "cut", "refused", "bad", "other_side", "both_sides"):
-            setattr(total, name, getattr(total, name) + getattr(found, name))
-        total.longest = max(total.longest, found.longest)
-        total.too_long = (total.too_long + found.too_long)[:10]
-        total.straddling = (total.straddling + found.straddling)[:10]
-        for row in found.rejected:
-            (reject or _raise)(row)
-        if refuse is not None:
-            for refused in found.too_long:
-                refuse(refused)
-        if found.refused and tokenizer.too_long == "stop":
-            listed = "; ".join(f"{row['where']} ({row['reason']})" for row in found.too_long[:10])
-            raise PipelineError(
-                f"rows too long: {listed}", remedy="raise tokenize.max_tokens or set tokenize.too_long", code=BAD_ROWS
-            )
-        progress(found.rows_in)
-        done.append(batch)
-        if len(done) == BATCH:
-            yield from _joined(done)
-            done = []
+    with closing(_run(_chunks(rows), tokenizer, workers)) as chunks:
+        for batch, found in chunks:
+            _add(found, total)
+            for row in found.rejected:
+                (reject or _raise)(row)
+            if refuse is not None:
+                for refused in found.too_long:
+                    refuse(refused)
+            if found.refused and tokenizer.too_long == "stop":
+                listed = "; ".join(f"{row['where']} ({row['reason']})" for row in found.too_long[:10])
+                raise PipelineError(
+                    f"rows too long: {listed}", remedy="raise tokenize.max_tokens or set tokenize.too_long", code=BAD_ROWS
+                )
+            progress(found.rows_in)
+            done.append(batch)
+            if len(done) == BATCH:
+                yield from _joined(done)
+                done = []
     yield from _joined(done)
     if total.rows_in != total.rows + total.refused + total.bad + total.other_side + total.both_sides:
         raise AssertionError("a row was lost")
+
+
+def _add(found: Summary, total: Summary) -> None:
+    """A chunk's figures to those of its data set."""
+    for name in ("rows_in", "rows", "tokens", "supervised", "images", "cut", "refused", "bad", "other_side", "both_sides"):
+        setattr(total, name, getattr(total, name) + getattr(found, name))
+    total.longest = max(total.longest, found.longest)
+    total.too_long = (total.too_long + found.too_long)[:10]
+    total.straddling = (total.straddling + found.straddling)[:10]
 
 
 def _joined(batches: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -269,16 +274,12 @@ def _undisturbed(workers: int) -> Iterator[None]:
 
 def _run(
     chunks: Iterator[Sequence[Record | BadRow]], tokenizer: RowTokenizer, workers: int
-) -> Iterator[tuple[pa.RecordBatch, Summary]]:
+) -> Generator[tuple[pa.RecordBatch, Summary], Any, None]:
     """Chunks in their order, tokenised by threads: the tokenizer, hashes and picture decoders let Python go on reading."""
-    with _undisturbed(workers), ThreadPoolExecutor(workers, "tokenize") as pool:
-        waiting: deque[Future[tuple[pa.RecordBatch, Summary]]] = deque()
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(tokenizer, chunk))
-                if len(waiting) > workers:  # a bounded number in flight
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with _undisturbed(workers), closing(prefetch(chunks, tokenizer, depth=workers, threads=workers, where=_first)) as done:
+        for _, found in done:
+            yield found
+
+
+def _first(chunk: Sequence[Record | BadRow]) -> str:
+    return chunk[0].where

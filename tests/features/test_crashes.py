@@ -129,6 +129,13 @@ def leaving_something(folder: Path) -> None:
     temporary.replace(folder / "a")
 
 
+def stumbling(folder: Path) -> None:
+    try:
+        leaving_something(folder)
+    except OSError:
+        raise TypeError from None
+
+
 def opening(folder: Path) -> None:
     with (folder / "a").open("w") as file:
         file.write("whole")
@@ -139,7 +146,7 @@ def test_trials_find_what_is_not_crash_safe(tmp_path: Path) -> None:
     trials = Trials([leaving_something], tmp_path)
     assert trials.calls == ["write_text", "replace"]
     assert "after resuming these differ: .a." in trials.kill_at(1, False)
-    assert "ended with 1" in trials.fill_disk(0), "a traceback is no line for users"
+    assert "ended with 1" in Trials([stumbling], tmp_path).fill_disk(0), "a defect is no line for users"
     with pytest.raises(RuntimeError, match=r"open of .* is not watched"):
         Trials([opening], tmp_path)
 

@@ -251,7 +251,7 @@ def test_the_command_checks_a_change_in_one_line(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["params", assignment])
     with pytest.raises(SystemExit) as caught:
-        params_module.exit_on_error(params_module.main)
+        params_module.run_command(params_module.main)
     shown = capsys.readouterr()
     assert caught.value.code == 2
     assert said in shown.err

@@ -14,8 +14,9 @@ import pytest
 from projects import with_path
 
 from pipeline.core.checksums import sign
-from pipeline.core.errors import PipelineError, exit_on_error
+from pipeline.core.errors import PipelineError
 from pipeline.core.files import link_or_copy, main_checkout, publish, publish_folder, remove_leftovers, write_json
+from pipeline.core.frame import exit_on_error
 from pipeline.report import read_metrics, tables
 
 ROOT = Path(__file__).parents[2]

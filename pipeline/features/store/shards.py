@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import xxhash
 
-from pipeline.core import ARTEFACT, PipelineError, brief, fingerprint, publish
+from pipeline.core import ARTEFACT, RESOURCE, PipelineError, brief, fingerprint, publish, writing
 from pipeline.features.store.row_format import RowFormat, row_format_of
 
 FORMAT = 1
@@ -97,25 +97,29 @@ def write_shard(
             offsets = _header(temporary, hashes, spec, rows, notes or {})
         except (OSError, RuntimeError) as error:  # which of them, depends on where in HDF5 the disk is full
             reason = re.search("error message = '([^']+)'", str(error))
-            raise OSError(reason[1] if reason else brief(error)) from None
+            what = f"cannot be written: {reason[1] if reason else brief(error)}"
+            raise PipelineError(what, where=str(path), code=RESOURCE) from None
         sums, done = np.empty(len(hashes), dtype="<u8"), 0
         handle = os.open(temporary, os.O_WRONLY)
         try:
-            os.posix_fallocate(handle, 0, max(offsets["features"] + size * len(hashes), os.fstat(handle).st_size))
+            with writing(path):
+                os.posix_fallocate(handle, 0, max(offsets["features"] + size * len(hashes), os.fstat(handle).st_size))
             for batch in batches:
                 if batch.dtype != rows.dtype or batch.shape[1:] != rows.shape:
                     raise ValueError(f"batch is {batch.dtype} {batch.shape}")
                 batch = np.ascontiguousarray(batch)
                 sums[done : done + len(batch)] = [xxhash.xxh3_64_intdigest(row.data) for row in batch]
-                _write_all(handle, batch.reshape(-1).view(np.uint8).data, offsets["features"] + size * done)
+                with writing(path):
+                    _write_all(handle, batch.reshape(-1).view(np.uint8).data, offsets["features"] + size * done)
                 done += len(batch)
             if done != len(hashes):
                 raise ValueError(f"{done} rows for {len(hashes)} images")
-            for name, table in {"image_sha256": hashes, "row_xxh3": sums, **rows.constants}.items():
-                _write_all(handle, memoryview(table.tobytes()), offsets[name])
-            place = struct.pack("<8sQQ", SEAL, offsets["features"], size * len(hashes))
-            _write_all(handle, memoryview(place + _digest(temporary, place)), os.fstat(handle).st_size)
-            os.fchmod(handle, 0o444)
+            with writing(path):
+                for name, table in {"image_sha256": hashes, "row_xxh3": sums, **rows.constants}.items():
+                    _write_all(handle, memoryview(table.tobytes()), offsets[name])
+                place = struct.pack("<8sQQ", SEAL, offsets["features"], size * len(hashes))
+                _write_all(handle, memoryview(place + _digest(temporary, place)), os.fstat(handle).st_size)
+                os.fchmod(handle, 0o444)
         finally:
             os.close(handle)
 

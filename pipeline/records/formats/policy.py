@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from pipeline.core import BAD_ROWS, RESOURCE, PipelineError
+from pipeline.core import BAD_ROWS, PipelineError, temporary_name, writing
 from pipeline.records.formats.row import BadRow
 from pipeline.records.record import Record
 
@@ -39,24 +39,19 @@ class RowPolicy:
 
     def __enter__(self) -> "RowPolicy":
         if self._table is not None:
-            temporary = self._table.with_name(f".{self._table.name}.{os.getpid()}.tmp")
-            try:
+            with writing(self._table):
                 self._table.parent.mkdir(parents=True, exist_ok=True)
-                file = self._stack.enter_context(temporary.open("w", encoding="utf-8", errors="backslashreplace", newline=""))
-            except OSError as error:
-                raise PipelineError(f"cannot be written: {error.strerror}", where=str(self._table), code=RESOURCE) from None
-            self._writer = csv.writer(file, lineterminator="\n")
-            self._writer.writerow(HEADER)
+                text = temporary_name(self._table).open("w", encoding="utf-8", errors="backslashreplace", newline="")
+                self._writer = csv.writer(self._stack.enter_context(text), lineterminator="\n")
+                self._writer.writerow(HEADER)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
         if self._table is None:
             return
-        try:
-            os.replace(self._table.with_name(f".{self._table.name}.{os.getpid()}.tmp"), self._table)
-        except OSError as failure:
-            raise PipelineError(f"cannot be written: {failure.strerror}", where=str(self._table), code=RESOURCE) from error
+        with writing(self._table):
+            self._stack.close()
+            os.replace(temporary_name(self._table), self._table)
 
     def keep(self, rows: Iterable[Record | BadRow]) -> Iterator[Record]:
         """The records among `rows`, in order; raises `PipelineError` behind the last row under "stop", and for a file that
@@ -76,7 +71,8 @@ class RowPolicy:
         if len(self.first) < SHOWN:
             self.first.append(row)
         if self._writer is not None:
-            self._writer.writerow((row.file, row.row, row.rows, row.reason, row.remedy))
+            with writing(self._table or Path()):
+                self._writer.writerow((row.file, row.row, row.rows, row.reason, row.remedy))
         if row.ends_file:
             raise PipelineError(row.reason, where=row.where, remedy=row.remedy, code=BAD_ROWS)
 

@@ -1,6 +1,6 @@
 """A training run's micro-batches in the order that its schedule gives, their tensors and features made ahead in threads."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,14 +79,21 @@ class BatchLoader:
     def steps(self) -> int:
         return self.steps_per_epoch * self.schedule.epochs
 
-    def load(self, epoch: int, done: int, accelerator: Accelerator) -> Iterator[tuple[tuple[MicroBatch, Batch], Any]]:
-        """What is left of an epoch after `done` steps of the run: each micro-batch, its tensors, and what its features need."""
+    def load(self, epoch: int, done: int, accelerator: Accelerator) -> Generator[tuple[tuple[MicroBatch, Batch], Any], Any, None]:
+        """What is left of an epoch after `done` steps of the run: each micro-batch, its tensors, and what its features need.
+
+        To be closed by who takes them (see `prefetch`).
+        """
         examples, execution, threads = self.examples, self.execution, self.execution.threads
         planned = plan_micro_batches(
             examples.table, self.schedule, epoch, sharing=examples.sharing, skip=done - epoch * self.steps_per_epoch,
             rank=accelerator.process_index, ranks=accelerator.num_processes, even=execution.sharded, packed=execution.packed,
         )  # fmt: skip
-        return prefetch(prefetch(planned, self._collate, depth=threads + 1), self._load, depth=threads, threads=threads)
+        collated = prefetch(planned, self._collate, depth=threads + 1, where=self._where)
+        return prefetch(collated, self._load, depth=threads, threads=threads, where=lambda job: self._where(job[0]))
+
+    def _where(self, micro: MicroBatch) -> str:
+        return self.examples.table.where(int(micro.units[0][0]))
 
     def _collate(self, micro: MicroBatch) -> Batch:
         """Its tensors, having told the feature source which images come next."""

@@ -2,6 +2,7 @@
 same questions, image features zeroed.
 """
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,21 +81,22 @@ def _answer(
         return source.load(np.concatenate([np.array(rows[group[0]].slots, np.int64) for group in part]))
 
     name, hidden = "answers, blind" if asking.blind else "answers", not accelerator.is_main_process
-    loaded = source.stream(prefetch(parts, load))
-    for part, features in tqdm(loaded, total=len(parts), desc=name, unit="batch", mininterval=0.5, disable=hidden):
-        firsts = [rows[group[0]] for group in part]
-        with accelerator.autocast():
-            produced = generate(
-                model,
-                builder,
-                [row.ids[: row.spans[-1][0]] for row in firsts],
-                [row.image_start for row in firsts],
-                features,
-                max_new_tokens=asking.max_new_tokens,
-                device=accelerator.device,
-            )
-        for group, ids in zip(part, produced, strict=True):
-            answers |= dict.fromkeys(group, builder.decode(ids))
+    with closing(prefetch(parts, load)) as loaded:
+        bar = tqdm(source.stream(loaded), total=len(parts), desc=name, unit="batch", mininterval=0.5, disable=hidden)
+        for part, features in bar:
+            firsts = [rows[group[0]] for group in part]
+            with accelerator.autocast():
+                produced = generate(
+                    model,
+                    builder,
+                    [row.ids[: row.spans[-1][0]] for row in firsts],
+                    [row.image_start for row in firsts],
+                    features,
+                    max_new_tokens=asking.max_new_tokens,
+                    device=accelerator.device,
+                )
+            for group, ids in zip(part, produced, strict=True):
+                answers |= dict.fromkeys(group, builder.decode(ids))
     return answers
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline.core import NUMERIC, PipelineError, publish
+from pipeline.core import NUMERIC, PipelineError, publish, writing
 from pipeline.vlm.model import VisionLanguageModel
 
 Row = dict[str, float]
@@ -52,7 +52,7 @@ class Heldout:
 
     def write(self, path: Path) -> None:
         """The rows as CSV, whole or not at all."""
-        with publish(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with publish(path) as temporary, writing(path), temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=["step", "loss"])
             writer.writeheader()
             writer.writerows(self.rows)

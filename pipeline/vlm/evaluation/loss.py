@@ -1,5 +1,7 @@
 """Held-out loss: the mean cross-entropy a supervised token of rows that were never trained on."""
 
+from contextlib import closing
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -28,11 +30,12 @@ def heldout_loss(
         parts += [[rows[:1]]] * (most - counted)
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     hidden = not accelerator.is_main_process
-    loaded = examples.source.stream(made for _, made in prefetch(parts, examples.load))
-    bar = tqdm(loaded, total=len(parts), desc="held-out loss", unit="batch", mininterval=0.5, disable=hidden)
-    for number, (batch, features) in enumerate(bar):
-        with accelerator.autocast():
-            loss, _ = model(batch.to(accelerator.device), features.to(accelerator.device))
-        if number < counted:
-            total += loss.double()  # added up on the device, which nothing waits for
+    with closing(prefetch(parts, examples.load)) as ahead:
+        loaded = examples.source.stream(made for _, made in ahead)
+        bar = tqdm(loaded, total=len(parts), desc="held-out loss", unit="batch", mininterval=0.5, disable=hidden)
+        for number, (batch, features) in enumerate(bar):
+            with accelerator.autocast():
+                loss, _ = model(batch.to(accelerator.device), features.to(accelerator.device))
+            if number < counted:
+                total += loss.double()  # added up on the device, which nothing waits for
     return float(accelerator.reduce(total, "sum")) / int(examples.table.supervised.sum())

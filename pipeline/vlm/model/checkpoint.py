@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline.core import ARTEFACT, PipelineError, brief, is_signed, publish_folder, verify
+from pipeline.core import ARTEFACT, PipelineError, brief, is_signed, publish_folder, verify, writing
 from pipeline.text import PromptBuilder
 from pipeline.vlm.model.language_model import language_model_files, load_language_model
 from pipeline.vlm.model.projector import build_projector
@@ -57,7 +57,7 @@ def save(folder: Path, model: VisionLanguageModel, manifest: Manifest, builder: 
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise PipelineError(f"{name} is not finite", where=str(folder), remedy="lower lr", code=ARTEFACT)
-    with publish_folder(folder) as temporary:
+    with publish_folder(folder) as temporary, writing(folder):
         if manifest.own_llm:
             model.language_model.save_pretrained(temporary)
             builder.tokenizer.init_kwargs.pop("local_files_only", None)  # how it was loaded is no part of the model

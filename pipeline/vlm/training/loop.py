@@ -7,7 +7,7 @@ by their number, however the step is cut into micro-batches, so accumulating cha
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -47,15 +47,15 @@ def train(
     with _ended(steps, progress, compiled=execution.compiled):
         for epoch in range(len(steps.history) // loader.steps_per_epoch, schedule.epochs):
             steps.begin()
-            loaded = progress.waiting(loader.load(epoch, len(steps.history), accelerator))
-            for (micro, batch), features in examples.source.stream(loaded):
-                steps.backward(micro, batch, features)
-                progress.count(batch)
-                if micro.last:
-                    steps.update(epoch, examples.table.where(int(micro.units[0][0])))
-                    progress.show(steps.history[-1])
-                    steps.call_back(callbacks, progress, last=len(steps.history) == loader.steps)
-                    steps.begin()
+            with closing(loader.load(epoch, len(steps.history), accelerator)) as loaded:
+                for (micro, batch), features in examples.source.stream(progress.waiting(loaded)):
+                    steps.backward(micro, batch, features)
+                    progress.count(batch)
+                    if micro.last:
+                        steps.update(epoch, examples.table.where(int(micro.units[0][0])))
+                        progress.show(steps.history[-1])
+                        steps.call_back(callbacks, progress, last=len(steps.history) == loader.steps)
+                        steps.begin()
     return steps.history
 
 

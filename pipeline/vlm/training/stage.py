@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import main_checkout, publish
+from pipeline.core import main_checkout, publish, writing
 from pipeline.core.devices import pick_workers
 from pipeline.features import NoFeatures
 from pipeline.params import Dataset, StageParams, Training
@@ -121,7 +121,8 @@ def _save(run: TrainingRun, model: VisionLanguageModel, history: History, measur
     )
     checkpoint.save(Path("models") / run.name, model, manifest, run.builder)
     results = Path("results") / run.name
-    with publish(results / "history.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    table = results / "history.csv"
+    with publish(table) as temporary, writing(table), temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()
         writer.writerows(history)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline.core import ARTEFACT, PipelineError, brief, fingerprint, publish_folder, verify
+from pipeline.core import ARTEFACT, PipelineError, brief, fingerprint, publish_folder, verify, writing
 from pipeline.vlm.model import full_tensor, shard_like
 
 DEPENDS = "depends.json"
@@ -61,7 +61,7 @@ class TrainingState:
             return
         target = self._state(len(history))
         kept = {target.name} | ({self._state(best).name} if best is not None else set())
-        with publish_folder(target) as temporary:
+        with publish_folder(target) as temporary, writing(target):
             save_file(tensors, temporary / "state.safetensors")
             notes = {"history": history, "heldout": heldout or [], "scaler": scaler.state_dict() if scaler is not None else None}
             (temporary / "state.json").write_text(json.dumps(notes), encoding="utf-8")
