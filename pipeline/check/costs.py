@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from pipeline.core import PipelineError, brief, merged_tokens
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_fast_float32
-from pipeline.features import Float16Format, Int8Format, RowFormat, load_encoder, row_bytes
+from pipeline.features import ANY_SIZE, Float16Format, Int8Format, Preprocessor, RowFormat, load_encoder, row_bytes
 from pipeline.params import LanguageModel, Params
 
 CHEAP = 500_000_000  # bytes of weights up to which the encoder is loaded to be timed
@@ -43,7 +43,8 @@ def encoder_shape(params: Params, meta: Path = Path("data/features_meta/encoder.
     try:
         config: Any = AutoConfig.from_pretrained(vision.model, revision=vision.revision or "main", trust_remote_code=False)
         config = getattr(config, "vision_config", config)
-        patches, width = (config.image_size // config.patch_size) ** 2, config.hidden_size
+        side = Preprocessor(vision.model, vision.revision).size()[0] if config.model_type in ANY_SIZE else config.image_size
+        patches, width = (side // config.patch_size) ** 2, config.hidden_size
         tokens = merged_tokens(patches, vision.pool, where="vision.pool", off="vision.pool: 1")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         try:

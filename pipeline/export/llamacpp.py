@@ -42,7 +42,7 @@ def write_gguf(source: Source, folder: Path, *, dtype: str) -> list[str]:
 
 def check_runnable(source: Source) -> None:
     """Raises `PipelineError` naming the first thing that llama.cpp has no equal for."""
-    source.refuse_merging("llama.cpp's LLaVA")
+    source.check_vision("llama.cpp's LLaVA")
     config, tower = source.language_model.config, source.encoder.tower.config
     if source.kind != "mlp":
         reasons = {"linear": "always has GELU between two layers", "norm_mlp": "has no projector with a LayerNorm first"}

@@ -41,7 +41,7 @@ ACTIVATION = {"linear": "linear", "mlp": "gelu_pytorch_tanh", "norm_mlp": "gelu"
 
 def check_exportable(source: Source) -> None:
     """Raises `PipelineError` where no Transformers class computes what this pipeline does."""
-    source.refuse_merging("Transformers' LLaVA")
+    source.check_vision("Transformers' LLaVA")
     if source.kind not in LAYERS:
         raise PipelineError(
             f"Transformers' LLaVA has no place for a projector of kind {source.kind}",

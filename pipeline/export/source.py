@@ -62,9 +62,12 @@ class Source:
         """The projector's kind (see `pipeline.vlm.model.projector`)."""
         return str(self.manifest.projector["kind"])
 
-    def refuse_merging(self, target: str) -> None:
-        """Raises `PipelineError` where `target` has no place for merged patches."""
-        merge, factor = self.manifest.merging
+    def check_vision(self, target: str) -> None:
+        """Raises `PipelineError` where `target`, made for CLIP and SigLIP, has no place for this encoder or for merged patches."""
+        family, (merge, factor) = self.manifest.vision["spec"]["config"].get("family"), self.manifest.merging
+        if family:
+            remedy = "train with a CLIP or SigLIP encoder"
+            raise PipelineError(f"{target} takes no {family} encoder", where="vision.model", remedy=remedy)
         if pool := self.manifest.vision["spec"].get("pool"):
             raise PipelineError(f"{target} has no place for features pooled {pool} × {pool}", remedy="train with vision.pool: 1")
         if merge != "none":

@@ -9,7 +9,8 @@ sources      what training asks for features: the store or the live encoder
 
 from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder, load_encoder
-from pipeline.features.encoder.tower import TOWERS
+from pipeline.features.encoder.preprocess import Preprocessor
+from pipeline.features.encoder.tower import ANY_SIZE, TOWERS
 from pipeline.features.extraction import Extraction, Processes, extract
 from pipeline.features.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
 from pipeline.features.store.row_format import Float16Format, Int8Format, RowFormat
@@ -17,6 +18,7 @@ from pipeline.features.store.shards import row_bytes
 from pipeline.features.store.store import FeatureStore
 
 __all__ = [
+    "ANY_SIZE",
     "TOWERS",
     "Encoder",
     "Extraction",
@@ -26,6 +28,7 @@ __all__ = [
     "Int8Format",
     "LiveFeatures",
     "NoFeatures",
+    "Preprocessor",
     "Processes",
     "RowFormat",
     "StoredFeatures",

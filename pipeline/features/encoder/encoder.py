@@ -1,6 +1,6 @@
 """The frozen vision encoder: image bytes -> pixels -> patch features, the same way in every stage.
 
-Reads any CLIP or SigLIP checkpoint in Transformers' format; patches P and width Dv come from it. I is a number of images.
+Reads the checkpoints that `tower` lists, in Transformers' format; patches P and width Dv come from it. I is a number of images.
 A feature row's bits must not depend on who shares its batch, so the encoder always sees full batches of one size.
 """
 
@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.core import ARTEFACT, NUMERIC, PipelineError, merged_tokens
+from pipeline.core import NUMERIC, PipelineError, merged_tokens
 from pipeline.core.attention import GROUPED
 from pipeline.core.devices import DTYPES, autocast, pick_precision
 from pipeline.core.grid import mean_of_blocks
 from pipeline.features.encoder.preprocess import Preprocessor
-from pipeline.features.encoder.tower import keep_layers, load_tower
+from pipeline.features.encoder.tower import keep_layers, load_tower, side_of
 from pipeline.features.store.row_format import (
     Float16Format,
     Int8Format,
@@ -30,6 +30,9 @@ from pipeline.features.store.row_format import (
 from pipeline.params import Vision
 
 FEATURES_VERSION = 4  # part of every fingerprint: raise it when pipeline/features/encoder computes other numbers
+
+# What decides a feature in some family, beside the weights and the numbers that all have.
+SWITCHES = ("mlp_ratio", "num_register_tokens", "rope_parameters", "rope_theta", "use_swiglu_ffn", "use_gated_mlp")
 
 
 def load_encoder(vision: Vision, *, device: torch.device, batch: int) -> "Encoder":
@@ -50,7 +53,7 @@ class Encoder(nn.Module):
     """A frozen vision tower: pixels uint8 [I, 3, side, side] -> patch features float16 [I, P, Dv], the CLS token dropped.
 
     Args:
-        model, revision: a folder or a hub id in Transformers' format (CLIP or SigLIP family).
+        model, revision: a folder or a hub id in Transformers' format, of a family that `tower` lists.
         layer: index into the hidden states; -1 is the tower's last hidden state.
         precision: auto, float32, bfloat16 or float16 (autocast over float32 weights).
         storage: float16 or int8; `encode` rounds as the store does, so live and stored features are the same.
@@ -79,15 +82,9 @@ class Encoder(nn.Module):
         self._attention = GROUPED if device.type == "cpu" else "sdpa"
         self.tower = load_tower(model, revision, self._attention).requires_grad_(False).eval().to(device)
         config = self.tower.config
-        self._patches, self.width, self.pool = (config.image_size // config.patch_size) ** 2, config.hidden_size, pool
+        self.side = side_of(config, self.preprocess.size(), model)
+        self._patches, self.width, self.pool = (self.side // config.patch_size) ** 2, config.hidden_size, pool
         self.tokens = merged_tokens(self._patches, pool, where="vision.pool", off="vision.pool: 1")
-        if (made := self.preprocess.size()) != (config.image_size, config.image_size):
-            raise PipelineError(
-                f"preprocessor_config.json makes pictures of {made[0]} x {made[1]} pixels, the tower takes {config.image_size}",
-                where=model,
-                remedy="mend that file, or set vision.model",
-                code=ARTEFACT,
-            )
         if not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
             raise PipelineError(
                 f"vision.layer is {layer}; {model} has {config.num_hidden_layers} layers", remedy="set vision.layer"
@@ -104,7 +101,7 @@ class Encoder(nn.Module):
     def _row_format(self, storage: str) -> RowFormat:
         if storage == "float16":
             return Float16Format(self.tokens, self.width)
-        pictures = torch.from_numpy(calibration_pictures(self.tower.config.image_size))
+        pictures = torch.from_numpy(calibration_pictures(self.side))
         tower = self.tower.to("cpu")  # the constants name the store: no other device may give other ones
         features = torch.cat([self._forward(tower, part, "float32") for part in pictures.split(4)])
         self.tower.to(self.device)
@@ -117,7 +114,7 @@ class Encoder(nn.Module):
         Cheapest before anything is encoded: afterwards the float32 weights have to be read again.
         """
         if self._error is None:
-            pictures = torch.from_numpy(calibration_pictures(self.tower.config.image_size, count=4))
+            pictures = torch.from_numpy(calibration_pictures(self.side, count=4))
             exact = self._unrounded() if self._rounded else self.tower
             wanted = self._forward(exact, pictures, "float32").cpu()
             self._round_products()
@@ -231,4 +228,8 @@ def _weights_digest(module: nn.Module) -> str:
 def _plain_config(config: Any) -> dict[str, Any]:
     """The numbers that shape the computation, without names and versions."""
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    return {**{key: getattr(config, key) for key in keys}, "act": config.hidden_act, "eps": config.layer_norm_eps}
+    epsilon = config.layer_norm_eps if hasattr(config, "layer_norm_eps") else config.rms_norm_eps
+    found = {**{key: getattr(config, key) for key in keys if hasattr(config, key)}, "act": config.hidden_act, "eps": epsilon}
+    if config.model_type in ("clip_vision_model", "siglip_vision_model"):
+        return found
+    return {**found, "family": config.model_type, **{key: getattr(config, key) for key in SWITCHES if hasattr(config, key)}}

@@ -1,20 +1,64 @@
-"""The vision tower of any CLIP or SigLIP checkpoint in Transformers' format."""
+"""The vision tower of a checkpoint in Transformers' format: families whose tokens are a plain grid of patches.
+
+Whatever stands beside the patches (a CLS token, registers) stands before them, so patch features are the last P tokens.
+"""
 
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers import (
+    Aimv2VisionModel,
+    AutoConfig,
+    ChineseCLIPVisionModel,
+    CLIPVisionModel,
+    DeiTModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    DINOv3ViTModel,
+    IJepaModel,
+    MetaClip2VisionModel,
+    MLCDVisionModel,
+    PreTrainedModel,
+    SiglipVisionModel,
+    ViTModel,
+)
 from transformers.activations import QuickGELUActivation
 
 from pipeline.core import ARTEFACT, PipelineError
 from pipeline.core.loading import load_pretrained, unloadable
 
 TOWERS: dict[str, type[PreTrainedModel]] = {
+    "aimv2": Aimv2VisionModel,
+    "aimv2_vision_model": Aimv2VisionModel,
+    "chinese_clip": ChineseCLIPVisionModel,
+    "chinese_clip_vision_model": ChineseCLIPVisionModel,
     "clip": CLIPVisionModel,
     "clip_vision_model": CLIPVisionModel,
+    "deit": DeiTModel,
+    "dinov2": Dinov2Model,
+    "dinov2_with_registers": Dinov2WithRegistersModel,
+    "dinov3_vit": DINOv3ViTModel,
+    "ijepa": IJepaModel,
+    "metaclip_2": MetaClip2VisionModel,
+    "metaclip_2_vision_model": MetaClip2VisionModel,
+    "mlcd": MLCDVisionModel,
+    "mlcd_vision_model": MLCDVisionModel,
     "siglip": SiglipVisionModel,
     "siglip_vision_model": SiglipVisionModel,
+    "vit": ViTModel,
+}
+# Their positions fit any size of picture, so the side is what the checkpoint's preprocessor makes: DINOv2's config says 518,
+# its preprocessor 224.
+ANY_SIZE = {"dinov2", "dinov2_with_registers", "dinov3_vit"}
+# Their class has a head over the CLS token, whose weights many checkpoints lack.
+WITH_POOLER = {"vit", "deit", "ijepa"}
+REFUSED = {
+    "siglip2": "takes packed patches of any shape (NaFlex); a SigLIP2 of fixed size works, such as siglip2-base-patch16-224",
+    "swin": "merges patches from layer to layer",
+    "swinv2": "merges patches from layer to layer",
+    "hiera": "merges patches from layer to layer",
+    "dinov3_convnext": "is convolutional",
 }
 
 
@@ -30,13 +74,9 @@ def load_tower(model: str, revision: str, attention: str = "sdpa") -> PreTrained
         config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise unloadable(model, error, where="vision.model") from None
-    family = TOWERS.get(config.model_type)
-    if family is None:
-        known = ", ".join(sorted(TOWERS))
-        raise PipelineError(f"{model} is a {config.model_type} model, expected one of {known}", remedy="set vision.model")
-    tower, info = load_pretrained(
-        family, model, where="vision.model", revision=revision, dtype=torch.float32, attn_implementation=attention
-    )
+    options: dict[str, Any] = {"add_pooling_layer": False} if config.model_type in WITH_POOLER else {}
+    options |= {"revision": revision, "dtype": torch.float32, "attn_implementation": attention}
+    tower, info = load_pretrained(_family(model, config.model_type), model, where="vision.model", **options)
     if info["missing_keys"]:
         raise PipelineError(f"{model} lacks weights: {sorted(info['missing_keys'])[0]} and others", code=ARTEFACT)
     skip_pooling(tower)
@@ -54,6 +94,30 @@ def skip_pooling(tower: PreTrainedModel) -> None:
     for module in tower.modules():
         if hasattr(module, "use_head"):
             module.use_head = False
+
+
+def _family(model: str, kind: str) -> type[PreTrainedModel]:
+    if kind in TOWERS:
+        return TOWERS[kind]
+    known = ", ".join(sorted(name for name in TOWERS if not name.endswith("_vision_model")))
+    reason = REFUSED.get(kind.removesuffix("_vision_model"), f"is none of {known}")
+    raise PipelineError(f"{model} is a {kind} model, which {reason}", where="vision.model", remedy="set vision.model")
+
+
+def side_of(config: Any, made: tuple[int, int], model: str) -> int:
+    """Pixels of a picture's side, from the tower's config and what the preprocessor makes (height, width).
+
+    Raises `PipelineError` where the two do not fit.
+    """
+    side, patch = (made[0], config.patch_size) if config.model_type in ANY_SIZE else (config.image_size, config.patch_size)
+    if made != (side, side):
+        problem = f"makes pictures of {made[0]} x {made[1]} pixels, the tower takes {side}"
+    elif side % patch and config.model_type in ANY_SIZE:
+        problem = f"makes pictures of {side} pixels, which patches of {patch} do not divide"
+    else:
+        return int(side)
+    remedy = "mend that file, or set vision.model"
+    raise PipelineError(f"preprocessor_config.json {problem}", where=model, remedy=remedy, code=ARTEFACT)
 
 
 def keep_layers(tower: PreTrainedModel, count: int) -> None:

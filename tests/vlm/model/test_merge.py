@@ -11,6 +11,8 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.grid import merged_tokens
+from pipeline.export.source import Source
+from pipeline.minimind.projector import to_minimind
 from pipeline.vlm.model import checkpoint
 from pipeline.vlm.model.checkpoint import Manifest
 from pipeline.vlm.model.merge import Pool, Shuffle
@@ -99,14 +101,18 @@ def test_an_old_checkpoint_that_says_nothing_of_merging_has_none() -> None:
     assert Manifest({}, {}, {"kind": "mlp", "width": 4, "hidden": 4}, own_llm=False).merging == ("none", 1)
 
 
-def test_exports_without_a_place_for_merging_refuse_it_by_name() -> None:
-    from pipeline.export.source import Source
-    from pipeline.minimind.projector import to_minimind
+def test_exports_refuse_by_name_what_they_have_no_place_for() -> None:
+    def source(merging: dict[str, object], **spec: object) -> Source:
+        manifest = Manifest({"spec": {"config": {}} | spec}, {}, {"kind": "mlp"} | merging, own_llm=True)
+        return Source(Path(), manifest, SimpleNamespace())  # type: ignore[arg-type]
 
-    source = Source(
-        Path(), Manifest({"spec": {}}, {}, {"kind": "mlp", "merge": "pool", "factor": 2}, own_llm=True), SimpleNamespace()
-    )  # type: ignore[arg-type]
-    with pytest.raises(PipelineError, match=r"projector\.merge: none"):
-        source.refuse_merging("Transformers' LLaVA")
+    for refused, remedy in (
+        (source({"merge": "pool", "factor": 2}), r"projector\.merge: none"),
+        (source({}, pool=2), r"vision\.pool: 1"),
+        (source({}, config={"family": "dinov2"}), "CLIP or SigLIP"),
+    ):
+        with pytest.raises(PipelineError, match=remedy):
+            refused.check_vision("Transformers' LLaVA")
+    source({}).check_vision("Transformers' LLaVA")
     with pytest.raises(PipelineError, match=r"projector\.merge: none"):
         to_minimind(build_projector("mlp", WIDTH, HIDDEN, "pool", 2), "mlp")
