@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from pipeline.core import PipelineError, brief, merged_tokens
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_fast_float32
+from pipeline.core.loading import read_pretrained
 from pipeline.features import ANY_SIZE, Float16Format, Int8Format, Preprocessor, RowFormat, load_encoder, row_bytes
 from pipeline.params import LanguageModel, Params
 
@@ -41,16 +42,18 @@ def encoder_shape(params: Params, meta: Path = Path("data/features_meta/encoder.
     """From the encoder's configuration, or from the last extraction; raises `PipelineError` when neither is there."""
     vision = params.vision
     try:
-        config: Any = AutoConfig.from_pretrained(vision.model, revision=vision.revision or "main", trust_remote_code=False)
+        config: Any = read_pretrained(AutoConfig, vision.model, where="vision.model", revision=vision.revision)
         config = getattr(config, "vision_config", config)
         side = Preprocessor(vision.model, vision.revision).size()[0] if config.model_type in ANY_SIZE else config.image_size
         patches, width = (side // config.patch_size) ** 2, config.hidden_size
         tokens = merged_tokens(patches, vision.pool, where="vision.pool", off="vision.pool: 1")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (PipelineError, ValueError, AttributeError, TypeError, ZeroDivisionError) as error:
         try:
             found = json.loads(meta.read_text(encoding="utf-8"))
             tokens, width = int(found["tokens"]), int(found["width"])
         except (OSError, ValueError, KeyError, TypeError):
+            if isinstance(error, PipelineError):
+                raise error from None
             raise PipelineError(f"cannot load {vision.model}: {brief(error)}", where="vision.model") from None
     rows: RowFormat = Float16Format(tokens, width)
     if vision.storage == "int8":
@@ -61,9 +64,9 @@ def encoder_shape(params: Params, meta: Path = Path("data/features_meta/encoder.
 def context_of(llm: LanguageModel) -> int | None:
     """The most tokens that the language model was made for; None where its configuration does not say."""
     try:
-        config: Any = AutoConfig.from_pretrained(llm.model, revision=llm.revision or "main", trust_remote_code=False)
+        config: Any = read_pretrained(AutoConfig, llm.model, where="llm.model", revision=llm.revision)
         found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (PipelineError, AttributeError, TypeError):
         return None
     return found if isinstance(found, int) and found > 0 else None
 

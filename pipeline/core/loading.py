@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 from pipeline.core.errors import ARTEFACT, PipelineError, brief
+from pipeline.core.outside import check_model
 
 ONE_AT_A_TIME = threading.Lock()
 
@@ -17,11 +18,21 @@ def load_pretrained(family: Any, model: str, *, where: str, revision: str = "", 
 
     `where` is the parameter that named `model`. Raises `PipelineError` when there is no such model or it cannot be read.
     """
+    with ONE_AT_A_TIME:
+        found: tuple[Any, dict[str, Any]] = read_pretrained(
+            family, model, where=where, revision=revision, output_loading_info=True, **options
+        )
+    return found
+
+
+def read_pretrained(family: Any, model: str, *, where: str, revision: str = "", **options: Any) -> Any:
+    """What `family.from_pretrained` gives: a configuration, a tokenizer, an image processor; no code of the model's runs.
+
+    Raises `PipelineError` naming the parameter `where`, whatever a library makes of a folder: hostile ones raise anything.
+    """
+    check_model(model, where=where, revision=revision)
     try:
-        with ONE_AT_A_TIME:
-            return family.from_pretrained(
-                model, revision=revision or "main", trust_remote_code=False, output_loading_info=True, **options
-            )
+        return family.from_pretrained(model, revision=revision or "main", trust_remote_code=False, **options)
     except (PipelineError, MemoryError):
         raise
     except Exception as error:  # a hostile config.json raises whatever the code that trusts it stumbles over

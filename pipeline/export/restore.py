@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTraine
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pipeline.core import ARTEFACT, PipelineError, brief, publish_folder, writing
+from pipeline.core.loading import read_pretrained
 from pipeline.export.llava import LAYERS
 from pipeline.export.marker import check_target, read_marker
 from pipeline.export.processor import own_template
@@ -125,12 +126,7 @@ def _language_model(
     GenerationConfig(eos_token_id=config.text_config.eos_token_id, pad_token_id=config.text_config.pad_token_id).save_pretrained(
         work
     )
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise PipelineError(
-            f"cannot load its tokenizer: {brief(error)}", where=str(folder), remedy="export again", code=ARTEFACT
-        ) from None
+    tokenizer: Any = read_pretrained(AutoTokenizer, str(folder), where="its tokenizer")
     tokenizer.chat_template = own_template(str(tokenizer.chat_template))
     tokenizer.padding_side = "right"
     tokenizer._processor_class = None  # a tokenizer of its own again
@@ -162,7 +158,7 @@ def _write_encoder(
         raise PipelineError(
             f"not a vision tower: {brief(error)}", where=str(folder), remedy="export again", code=ARTEFACT
         ) from None
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    processor = read_pretrained(AutoImageProcessor, str(folder), where="its image processor", backend="pil")
     with publish_folder(out) as temporary, writing(out):
         tower.save_pretrained(temporary)
         processor.save_pretrained(temporary)

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from pipeline.core import ARTEFACT, PipelineError, brief, publish_folder, writing
+from pipeline.core import ARTEFACT, PipelineError, publish_folder, writing
 from pipeline.core.devices import pick_device
+from pipeline.core.loading import read_pretrained
 from pipeline.minimind.configuration import describe
 from pipeline.minimind.convert import Tensors, to_transformers
 from pipeline.minimind.layout import EMBEDDING, HEAD, Layout, infer
@@ -98,10 +99,7 @@ def _load_tokenizer(folder: Path, config: PreTrainedConfig, image_token: str) ->
     where, plain = str(folder), cast(Any, config)
     if not (folder / "tokenizer.json").is_file():
         raise PipelineError("holds no tokenizer.json", where=where, remedy="give the folder of a tokenizer with --tokenizer")
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare exceptions for files it cannot read
-        raise PipelineError(f"cannot be loaded: {brief(error)}", where=where, code=ARTEFACT) from None
+    tokenizer: Any = read_pretrained(AutoTokenizer, str(folder), where="--tokenizer", local_files_only=True)
     if not tokenizer.is_fast or not tokenizer.chat_template:
         lacks = "a chat template" if tokenizer.is_fast else "a fast tokenizer"
         raise PipelineError(f"has not {lacks}", where=where, remedy="give the tokenizer of a chat model", code=ARTEFACT)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.core import ARTEFACT, BAD_ROWS, PipelineError, brief
+from pipeline.core.loading import read_pretrained
 from pipeline.records import Turn
 from pipeline.text.prompts import ID, Encoded, Layout, Pattern, Prompt, Prompts, flatten, lay_out
 
@@ -180,13 +181,7 @@ class PromptBuilder:
 
 
 def _load_tokenizer(model: str, revision: str) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        remedy = "give a Transformers folder, or a hub id reachable from here"
-        raise PipelineError(
-            f"cannot load the tokenizer of {model}: {brief(error)}", where="llm.model", remedy=remedy, code=ARTEFACT
-        ) from None
+    tokenizer: Any = read_pretrained(AutoTokenizer, model, where="llm.model", revision=revision)
     if not tokenizer.is_fast:
         raise PipelineError(
             f"{model} has no tokenizer.json", where="llm.model", remedy="choose a model with a fast tokenizer", code=ARTEFACT

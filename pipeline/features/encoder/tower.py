@@ -26,7 +26,7 @@ from transformers import (
 from transformers.activations import QuickGELUActivation
 
 from pipeline.core import ARTEFACT, PipelineError
-from pipeline.core.loading import load_pretrained, unloadable
+from pipeline.core.loading import load_pretrained, read_pretrained
 
 TOWERS: dict[str, type[PreTrainedModel]] = {
     "aimv2": Aimv2VisionModel,
@@ -70,13 +70,15 @@ class InPlaceQuickGelu(QuickGELUActivation):
 
 
 def load_tower(model: str, revision: str, attention: str = "sdpa") -> PreTrainedModel:
-    try:
-        config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise unloadable(model, error, where="vision.model") from None
+    config = read_pretrained(AutoConfig, model, where="vision.model", revision=revision)
+    family = _family(model, config.model_type)
+    shape = getattr(config, "vision_config", config)
+    for key in ("image_size", "patch_size", "hidden_size", "num_hidden_layers"):
+        if type(value := getattr(shape, key, None)) is not int or value < 1:
+            raise PipelineError(f"config.json: {key} is {value!r:.40}, expected a whole number", where=model, code=ARTEFACT)
     options: dict[str, Any] = {"add_pooling_layer": False} if config.model_type in WITH_POOLER else {}
     options |= {"revision": revision, "dtype": torch.float32, "attn_implementation": attention}
-    tower, info = load_pretrained(_family(model, config.model_type), model, where="vision.model", **options)
+    tower, info = load_pretrained(family, model, where="vision.model", **options)
     if info["missing_keys"]:
         raise PipelineError(f"{model} lacks weights: {sorted(info['missing_keys'])[0]} and others", code=ARTEFACT)
     skip_pooling(tower)
