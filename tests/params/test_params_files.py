@@ -30,6 +30,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.grid import merged_tokens
 from pipeline.features.encoder.encoder import Encoder
 from pipeline.params.reading import load
 from pipeline.records.decoder import decode
@@ -72,6 +73,7 @@ TOWERS = {
     "openai/clip-vit-base-patch16": Tower(768, 12, 224, 16, clip(224)),
     "openai/clip-vit-large-patch14-336": Tower(1024, 16, 336, 14, clip(336)),
     "google/siglip-base-patch16-224": Tower(768, 12, 224, 16, siglip(224)),
+    "google/siglip-base-patch16-512": Tower(768, 12, 512, 16, siglip(512)),
     "google/siglip2-base-patch32-256": Tower(768, 12, 256, 32, siglip(256)),
 }
 LLMS: dict[str, tuple[type[Any], str, dict[str, Any]]] = {  # config class, kind of tokenizer and template, published shape
@@ -109,12 +111,13 @@ LLMS: dict[str, tuple[type[Any], str, dict[str, Any]]] = {  # config class, kind
         },
     ),
 }  # fmt: skip
-# What each file comes to: patches P, vision width Dv, hidden size D, and the shapes of the projector's matrices.
+# What each file comes to: tokens an image, vision width Dv, hidden size D, and the shapes of the projector's matrices.
 EXPECTED: dict[str, tuple[int, int, int, list[tuple[int, ...]]]] = {
     "minimind-v-2025": (196, 768, 512, [(512, 768)]),
     "minimind-v-2026": (64, 768, 768, [(768, 768), (768, 768)]),
     "minimind-v-2026-moe": (64, 768, 768, [(768, 768), (768, 768)]),
-    "nanovlm": (196, 768, 576, [(576, 768)]),
+    "nanovlm": (49, 768, 576, [(576, 4 * 768)]),
+    "smolvlm-256m": (64, 768, 576, [(576, 16 * 768)]),
     "smollm2-135m": (196, 768, 576, [(576, 768), (576, 576)]),
     "llava-1.5": (576, 1024, 1536, [(1536, 1024), (1536, 1536)]),
     "qwen3-0.6b": (196, 768, 1024, [(1024, 768), (1024, 1024)]),
@@ -180,11 +183,11 @@ def test_a_params_file_fits_the_models_it_names(
 ) -> None:
     params, (tokens, width, hidden, matrices) = load(file), EXPECTED[file.stem]
     encoder = encoder_of(tower(params.vision.model), layer=params.vision.layer, storage=params.vision.storage)
-    assert (encoder.tokens, encoder.width) == (tokens, width)
+    assert (merged_tokens(encoder.tokens, params.projector.factor), encoder.width) == (tokens, width)
     features = encoder.encode_files([png(1)], ["a picture that is not square"])
-    assert features.shape == (1, tokens, width)
+    assert features.shape == (1, encoder.tokens, width)
 
-    builder = PromptBuilder(llm(params.llm.model), image_token=params.llm.image_token, tokens=encoder.tokens)
+    builder = PromptBuilder(llm(params.llm.model), image_token=params.llm.image_token, tokens=tokens)
     prompt = builder.build(TALK)
     start = prompt.image_starts[0]
     assert (prompt.ids == builder.image_id).sum() == tokens
@@ -193,7 +196,9 @@ def test_a_params_file_fits_the_models_it_names(
 
     language_model = load_language_model(llm(params.llm.model))
     assert hidden_size(language_model) == hidden
-    projector = build_projector(params.projector.kind, encoder.width, hidden_size(language_model))
+    projector = build_projector(
+        params.projector.kind, encoder.width, hidden_size(language_model), params.projector.merge, params.projector.factor
+    )
     assert [tuple(p.shape) for p in projector.parameters() if p.ndim == 2] == matrices
     model = VisionLanguageModel(projector, language_model)
     embedded = model.embed(torch.from_numpy(prompt.ids).long()[None], features, torch.tensor([0]), torch.tensor([start]))
@@ -258,6 +263,6 @@ def test_a_processor_of_another_size_than_the_tower_is_one_line(tower: Callable[
 def test_a_flexible_siglip2_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(siglip(256)))
-    with pytest.raises(PipelineError, match=r"is a siglip2 model, expected one of clip, .*siglip") as caught:
+    with pytest.raises(PipelineError, match="is a siglip2 model, which takes packed patches") as caught:
         encoder_of(str(tmp_path))
     assert len(caught.value.line().splitlines()) == 1
