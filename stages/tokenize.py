@@ -30,7 +30,7 @@ def main(params: StageParams) -> dict[str, Any]:
     meta = _read_meta(META / "encoder.json")
     llm, limits = params.llm, params.tokenize
     tokens = merged_tokens(meta["tokens"], params.projector.factor)
-    builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens)
+    builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens, date=llm.date)
     figures: dict[str, Any] = {}
     sources = {split: open_dataset(getattr(params.data, split), limit=params.data.limit) for split in SPLITS}
     with publish_folder(Path("data/tokens")) as folder, _listing(folder / "refused.jsonl") as refuse:

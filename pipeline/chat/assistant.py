@@ -12,7 +12,7 @@ from pipeline.core import PipelineError, merged_tokens
 from pipeline.core.devices import autocast, pick_device, pick_precision
 from pipeline.features import Encoder
 from pipeline.records import ImageError, ImageSlot, Turn
-from pipeline.text import Prompt, PromptBuilder
+from pipeline.text import DATE, Prompt, PromptBuilder
 from pipeline.vlm.model import GREEDY, checkpoint, generate
 
 
@@ -65,7 +65,8 @@ class Assistant:
         revision = "" if manifest.own_llm else manifest.llm["revision"]
         image_token = manifest.llm["image_token"]
         tokens = merged_tokens(self.encoder.tokens, manifest.merging[1])
-        self.builder = PromptBuilder(llm, revision=revision, image_token=image_token, tokens=tokens)
+        date = manifest.llm.get("date", DATE)
+        self.builder = PromptBuilder(llm, revision=revision, image_token=image_token, tokens=tokens, date=date)
         self.context = getattr(self.model.language_model.config, "max_position_embeddings", None)
 
     def look(self, path: str | Path) -> torch.Tensor:

@@ -128,7 +128,7 @@ def _load_builder(params: Params) -> tuple[Shape | None, PromptBuilder | None, s
         shape = encoder_shape(params)
         llm = params.llm
         tokens = merged_tokens(shape.tokens, params.projector.factor)
-        builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens)
+        builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens, date=llm.date)
     except PipelineError as error:
         return shape, None, error.line()
     return shape, builder, ""

@@ -166,7 +166,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, rows: int) -> None:
     writer.add_add_bos_token(False)  # the chat template writes all control tokens there are
     # Set, not proposed: llama.cpp's server would switch thinking on, and the model was trained without it.
     settings = [f"{{%- set {name} = {json.dumps(value)} %}}" for name, value in source.builder.options.items()]
-    writer.add_chat_template("".join(settings) + str(tokenizer.chat_template))
+    writer.add_chat_template("".join(settings) + source.builder.dates + str(tokenizer.chat_template))
 
 
 def _write_projector(source: Source, path: Path, dtype: str) -> None:

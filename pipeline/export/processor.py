@@ -47,16 +47,17 @@ _PARTS = """\
 _OWN = "{#- from here on the language model's own template #}"
 
 
-def parts_template(own: str, *, image_token: str, options: Mapping[str, Any]) -> str:
+def parts_template(own: str, *, image_token: str, options: Mapping[str, Any], dates: str = "") -> str:
     """The chat template of an export: contents as text or parts, then the language model's own.
 
     `options` (such as enable_thinking) hold where a caller does not say otherwise: the prompt is the one of training.
+    `dates` is Jinja that pins today's date (`PromptBuilder.dates`).
     """
     settings = [
         f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}\n"
         for name, value in options.items()
     ]
-    return "".join(settings) + _PARTS.replace("IMAGE_TOKEN", json.dumps(image_token)) + _OWN + own
+    return "".join(settings) + dates + _PARTS.replace("IMAGE_TOKEN", json.dumps(image_token)) + _OWN + own
 
 
 def own_template(exported: str) -> str:
@@ -91,7 +92,7 @@ def write_processor(source: Source, folder: Path) -> None:
         encoder.name, revision=encoder.revision or "main", backend="pil", trust_remote_code=False
     )
     own = str(builder.tokenizer.chat_template)
-    template = parts_template(own, image_token=builder.image_token, options=builder.options)
+    template = parts_template(own, image_token=builder.image_token, options=builder.options, dates=builder.dates)
     processor = LlavaProcessor(
         image_processor=images,
         tokenizer=exported_tokenizer(source),

@@ -22,7 +22,7 @@ from pipeline.export.llava import LAYERS
 from pipeline.export.marker import check_target, read_marker
 from pipeline.export.processor import own_template
 from pipeline.features import TOWERS, Encoder
-from pipeline.text import PromptBuilder
+from pipeline.text import DATE, PromptBuilder
 from pipeline.vlm.model import Manifest, VisionLanguageModel, build_projector, checkpoint, hidden_size, load_language_model
 
 PARTS = {"language_model": "language_model.", "projector": "multi_modal_projector.", "tower": "vision_tower."}
@@ -140,7 +140,7 @@ def _language_model(
             "language model and projector do not fit together", where=str(folder), remedy="export again", code=ARTEFACT
         )
     tokens = int(config.image_seq_length)
-    builder = PromptBuilder(str(work), image_token=manifest.llm["image_token"], tokens=tokens)
+    builder = PromptBuilder(str(work), image_token=manifest.llm["image_token"], tokens=tokens, date=manifest.llm.get("date", DATE))
     return VisionLanguageModel(projector, language_model), builder
 
 

@@ -1,6 +1,7 @@
 """What params.yaml may hold: every key is required and checked, so a default lives in params.yaml only."""
 
 from collections.abc import Iterator
+from datetime import date
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -112,10 +113,20 @@ class Vision(Section):
     shard_rows: Positive
 
 
+def _date(value: Any) -> Any:
+    """A date as YAML reads one, or as text; its spelling YYYY-MM-DD."""
+    if isinstance(value, str):
+        value = date.fromisoformat(value)
+    if type(value) is not date:
+        raise ValueError("expected a date such as '2024-07-26'")
+    return value.isoformat()
+
+
 class LanguageModel(Section):
     model: Annotated[str, Field(min_length=1)]
     revision: str
     image_token: Annotated[str, Field(min_length=1)]
+    date: Annotated[str, PlainValidator(_date)]
 
 
 class Tokenize(Section):

@@ -1,14 +1,15 @@
 """A conversation's turns -> token ids, supervised spans and image positions, for one tokenizer and its chat template.
 
-The chat template is taken apart once per order of roles: it is rendered with marks in place of the contents, so that
-template and content are encoded apart. A content can then never yield a control token, and what is supervised (the
-assistant's words and its end-of-turn token) and where images stand is known by construction, never searched for.
+The ids are those of `apply_chat_template`, and what is supervised (the assistant's words and its end-of-turn token) and where
+images stand is known by construction, never searched for. Where the tokenizer sees a border between template and contents, both
+are encoded apart, the template once per order of roles (`prompts`); where it looks across, the whole text is (`whole`). Where the
+template looks into a text, that conversation is rendered by it (`marking`). A content never yields a control token.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,28 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.core import ARTEFACT, BAD_ROWS, PipelineError, brief
 from pipeline.core.loading import read_pretrained
+from pipeline.params import LanguageModel
 from pipeline.records import Turn
-from pipeline.text.prompts import ID, Encoded, Layout, Pattern, Prompt, Prompts, flatten, lay_out
+from pipeline.text.borders import Borders
+from pipeline.text.marking import THOUGHTS, contents
+from pipeline.text.prompts import ID, Encoded, Pattern, Prompt, Prompts, flatten, lay_out
+from pipeline.text.scaffold import Scaffold
+from pipeline.text.template import DATE, OTHERS, Template
+from pipeline.text.whole import WholeEncoder
 
 TEXT_VERSION = 1  # part of every token table's spec: raise it when pipeline/text gives other ids
 
 
-# answers are short, so a think block stays empty; some templates (MiniMind2) then write one in the prompt alone
-THINKING: tuple[dict[str, Any], ...] = ({"enable_thinking": False}, {})
+TALK = [
+    Turn("user", ("What is this?",)),
+    Turn("assistant", ("It is a cat.",)),
+    Turn("user", ("Which colour?",)),
+    Turn("assistant", ("Black.",)),
+]
+ODD_TALKS = [
+    [Turn("user", ("  What is\n\nthis? ",)), Turn("assistant", ('"It" is a 猫.',))],
+    [Turn("user", ("(a)",)), Turn("assistant", ("<think>\nHm.\n</think>\n\nA cat.",)), *TALK],
+]
 
 
 class PromptBuilder:
@@ -34,11 +49,12 @@ class PromptBuilder:
         model, revision: a Transformers folder or hub id whose tokenizer has a chat template.
         image_token: an existing token of its vocabulary that stands in for image features.
         tokens: placeholders an image (P).
+        date: YYYY-MM-DD, what a template that writes today's date is told.
 
-    Raises `PipelineError` when the template is missing or cannot be taken apart, or the image token is not one token.
+    Raises `PipelineError` when the template is missing or its ids cannot be had, or the image token is not one token.
     """
 
-    def __init__(self, model: str, *, revision: str = "", image_token: str, tokens: int) -> None:
+    def __init__(self, model: str, *, revision: str = "", image_token: str, tokens: int, date: str = DATE) -> None:
         self.tokenizer = _load_tokenizer(model, revision)
         self.model, self.tokens = model, tokens
         vocabulary = self.tokenizer.get_vocab()
@@ -46,34 +62,46 @@ class PromptBuilder:
             raise PipelineError(
                 f"{image_token!r} is not a token of {model}", where="llm.image_token", remedy=_reserved(self.tokenizer)
             )
-        self.image_token, self.image_id = image_token, vocabulary[image_token]
-        self.control = _control_tokens(self.tokenizer, image_token)
+        self.image_token, self.image_id, self.date = image_token, vocabulary[image_token], date
+        try:
+            self._scaffold = _make_scaffold(self.tokenizer, model, date)
+            self._prepare(vocabulary)
+        except PipelineError as error:
+            raise PipelineError(error.what, where=model, remedy=error.remedy or OTHERS, code=ARTEFACT) from None
+
+    def _prepare(self, vocabulary: dict[str, int]) -> None:
+        image_token, tokens = self.image_token, self.tokens
+        self.options = self._scaffold.options
+        self.control = _control_tokens(self.tokenizer, image_token, self._scaffold.written)
+        self._scaffold.avoid(list(self.control))
         self._is_control = np.zeros(max(vocabulary.values()) + 1, bool)
         self._is_control[list(self.control.values())] = True
         self._content = _content_tokenizer(self.tokenizer, set(self.control))
         self._image = self._bytes((self.image_id,) * tokens)
+        self._borders = Borders(self.tokenizer, image_token)
         self._pattern = lru_cache(maxsize=4096)(self._make_pattern)
-        self.options = next((options for options in THINKING if self._generates_as_trained(options)), THINKING[0])
-        closing = self._pieces(("user", "assistant"), generate=False)[-1]
-        self.end_id = closing[self._end_of_turn(closing) - 1]
-        self._check()
+        self.end_id = int(self.build(TALK[:2]).ids[-1])
+        self._check(TALK)
 
-    def _pieces(self, roles: tuple[str, ...], generate: bool) -> list[list[int]]:
-        """Template ids before, between and after the contents of turns with these roles: len(roles) + 1 pieces."""
-        marks = [f"[slot{i:05d}]" for i in range(len(roles))]
-        text = self._render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)], generate)
-        pieces = []
-        for mark in marks:
-            before, found, text = text.partition(mark)
-            if not found:
-                raise PipelineError(
-                    f"its chat template drops or reorders turns ({', '.join(roles)})", where=self.model, code=ARTEFACT
-                )
-            pieces.append(before)
-        return [self.tokenizer.encode(piece, add_special_tokens=False) for piece in [*pieces, text]]
+    def check(self) -> None:
+        """Raises `PipelineError` unless odd texts get the template's own ids too; costs a second copy of the tokenizer."""
+        for talk in ODD_TALKS:
+            try:
+                self._check(talk)
+            except PipelineError as error:
+                if error.code != BAD_ROWS:  # one that the template refuses would be a bad row
+                    raise
 
-    def _make_pattern(self, roles: tuple[str, ...], *, trim: bool, generate: bool) -> Pattern:
-        first, *others = self._pieces(roles, generate)
+    @cached_property
+    def _whole(self) -> WholeEncoder:
+        return WholeEncoder(self.tokenizer, self.control, (self.image_token, self.image_id), self.tokens)
+
+    def _make_pattern(self, roles: tuple[str, ...], *, trim: bool, generate: bool) -> Pattern | None:
+        """The template for these roles as ids; None where the tokenizer must see template and contents together."""
+        pieces = self._scaffold.pieces(roles, generate)
+        if pieces is None or not self._borders.are_seen(pieces):
+            return None
+        first, *others = (self.tokenizer.encode(piece, add_special_tokens=False) for piece in pieces)
         closing = [
             self._end_of_turn(ids) if role == "assistant" and not generate else 0 for role, ids in zip(roles, others, strict=True)
         ]
@@ -86,42 +114,21 @@ class PromptBuilder:
     def _bytes(ids: Sequence[int]) -> bytes:
         return np.array(ids, ID).tobytes()
 
-    def _generates_as_trained(self, options: dict[str, Any]) -> bool:
-        """Whether the template's generation prompt is what stands before an answer in training."""
-        self.options = options
-        asked = [{"role": "user", "content": "What is this?"}]
-        prompt = self._render(asked, generate=True)
-        return self._render([*asked, {"role": "assistant", "content": "A cat."}], generate=False).startswith(f"{prompt}A cat.")
-
-    def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
-                messages, tokenize=False, add_generation_prompt=generate, **self.options
-            )
-        except Exception as error:  # a template is a program of the model's: whatever it raises refuses these turns
-            roles = ", ".join(message["role"] for message in messages)
-            raise PipelineError(
-                f"its chat template refuses turns {roles}: {brief(error)}", where=self.model, code=BAD_ROWS
-            ) from None
-
-    def _check(self) -> None:
-        """The assembled ids must be the template's own, and training must see the prefix that generation will."""
-        talk = [("user", "What is this?"), ("assistant", "It is a cat."), ("user", "Which colour?"), ("assistant", "Black.")]
-        turns = [Turn(role, (text,)) for role, text in talk]
-        whole = self._render([{"role": role, "content": text} for role, text in talk], generate=False)
+    def _check(self, turns: Sequence[Turn]) -> None:
+        """The ids must be the template's own, and training must see the prefix that generation will."""
+        (whole,) = self._scaffold.template.render([(contents(turns), False)], self.options)
         expected = self.tokenizer.encode(whole, add_special_tokens=False)
         built = self.build(turns, trim=False).ids.tolist()
         if built != expected:
             at = next((i for i, (a, b) in enumerate(zip(built, expected, strict=False)) if a != b), min(len(built), len(expected)))
             raise PipelineError(
-                f"its chat template cannot be taken apart: ids differ at {at}",
-                where=self.model,
-                remedy="choose another llm.model",
-                code=ARTEFACT,
+                f"its tokenizer and chat template cannot be taken apart: ids differ at {at}", where=self.model, code=ARTEFACT
             )
-        prompt, trained = self.build_question(turns[:3]), self.build(turns)
+        prompt, trained = self.build_question(turns[:-1]), self.build(turns)
         if prompt.ids.tolist() != trained.ids[: trained.spans[-1][0]].tolist():
-            raise PipelineError("its generation prompt differs from what training would show", where=self.model, code=ARTEFACT)
+            raise PipelineError(
+                "its chat template's generation prompt has other ids than training would show", where=self.model, code=ARTEFACT
+            )
 
     def encode(self, texts: list[str]) -> Encoded:
         """Contents -> ids, while other threads go on; control tokens in a text come out as plain text.
@@ -142,7 +149,7 @@ class PromptBuilder:
 
         Each ends with the assistant's last end-of-turn token (`trim`), or with the template's tail.
         """
-        return self._build(lay_out(conversations, lambda roles: self._pattern(roles, trim=trim, generate=False), self._image))
+        return self._build(conversations, trim=trim, generate=False)
 
     def build(self, turns: Sequence[Turn], *, trim: bool = True) -> Prompt:
         """One prompt, as `build_batch` makes it."""
@@ -150,11 +157,31 @@ class PromptBuilder:
 
     def build_question(self, turns: Sequence[Turn]) -> Prompt:
         """A prompt that ends where the assistant's answer begins; nothing in it is supervised."""
-        return self._build(lay_out([turns], lambda roles: self._pattern(roles, trim=False, generate=True), self._image))[0]
+        return self._build([turns], trim=False, generate=True)[0]
 
-    def _build(self, layout: Layout) -> Prompts:
-        """Template ids and the contents' ids joined; spans and image starts follow from the lengths of what stands before them."""
+    def _build(self, conversations: Sequence[Sequence[Turn]], *, trim: bool, generate: bool) -> Prompts:
+        """Those that can be are put together from ids, at the price of their contents; others are encoded whole."""
+        odd = self._scaffold.odd(conversations)
+        patterns = [self._pattern(tuple([turn.role for turn in turns]), trim=trim, generate=generate) for turns in conversations]
+        if not odd and all(patterns):
+            return self._build_apart(zip(conversations, patterns, strict=True))  # type: ignore[arg-type]
+        apart = [None if number in odd else pattern for number, pattern in enumerate(patterns)]
+        one = iter(self._build_apart([(turns, pattern) for turns, pattern in zip(conversations, apart, strict=True) if pattern]))
+        rest = [number for number, pattern in enumerate(apart) if pattern is None]
+        asked, rendered = [conversations[number] for number in rest], [number in odd for number in rest]
+        other = iter(self._build_whole(asked, rendered, trim, generate))
+        return Prompts.of([next(one) if pattern else next(other) for pattern in apart])
+
+    def _build_apart(self, conversations: Iterable[tuple[Sequence[Turn], Pattern]]) -> Prompts:
+        layout = lay_out(conversations, self._image)
         return layout.join(self.encode(layout.texts))
+
+    def _build_whole(self, conversations: list[Sequence[Turn]], odd: list[bool], trim: bool, generate: bool) -> list[Prompt]:
+        scripts = []
+        for turns, segments in zip(conversations, self._scaffold.segments(conversations, odd, generate), strict=True):
+            answering = [turn.role == "assistant" and not generate for turn in turns]
+            scripts.append(self._whole.script(segments, self._scaffold.headers(turns, generate), answering, self._scaffold.lead))
+        return self._whole.encode(scripts, trim=trim)
 
     def _end_of_turn(self, after: Sequence[int]) -> int:
         """How many ids of the piece after an answer belong to it: up to and including its first control token."""
@@ -173,11 +200,32 @@ class PromptBuilder:
         kept = [int(token) for token in ids if int(token) not in self.control.values()]
         return str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    @property
+    def dates(self) -> str:
+        """Jinja that, before the template, tells it the date of training wherever it is rendered; "" where it writes none."""
+        dates = self._scaffold.template.dates
+        return f"{{%- macro strftime_now(format) %}}{{{{- {json.dumps(dates)}[format] }}}}{{%- endmacro %}}\n" if dates else ""
+
     def spec(self) -> dict[str, object]:
         """Everything that decides the ids; kept in every token table and checkpoint."""
         backend = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
-        return {"text": TEXT_VERSION, "tokenizer": backend, "template": template, "image_id": self.image_id, "tokens": self.tokens}
+        spec = {"text": TEXT_VERSION, "tokenizer": backend, "template": template, "image_id": self.image_id, "tokens": self.tokens}
+        return spec | ({"date": self.date} if self.dated else {})
+
+    @property
+    def dated(self) -> bool:
+        """Whether the chat template writes a date, which then belongs to the model."""
+        return self._scaffold.template.dated
+
+
+def template_faults(llm: LanguageModel) -> list[PipelineError]:
+    """What stands against the tokenizer and chat template of `llm`: nothing, or the one error that a stage would end with."""
+    try:
+        PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=1, date=llm.date).check()
+    except PipelineError as error:
+        return [error]
+    return []
 
 
 def _load_tokenizer(model: str, revision: str) -> PreTrainedTokenizerFast:
@@ -193,20 +241,31 @@ def _load_tokenizer(model: str, revision: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerFast, image_token: str) -> dict[str, int]:
-    """Added tokens that steer the model: the special ones, those the template writes, and the image token."""
-    template = str(tokenizer.chat_template)
+def _make_scaffold(tokenizer: PreTrainedTokenizerFast, model: str, date: str) -> Scaffold:
+    try:
+        source = str(tokenizer.get_chat_template())
+    except ValueError as error:  # several of them, none of which is the default
+        raise PipelineError(f"its chat template: {brief(error)}", where=model, code=ARTEFACT) from None
+    variables = {name: _spelling(token) for name, token in tokenizer.special_tokens_map.items()}
+    return Scaffold(Template(source, variables, date=date, where=model), model)
+
+
+def _spelling(token: Any) -> Any:
+    return [str(one) for one in token] if isinstance(token, list | tuple) else str(token)
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerFast, image_token: str, written: str) -> dict[str, int]:
+    """Added tokens that steer the model: the special ones, those the template writes around texts, and the image token.
+
+    A thought's tags are words of the language where the tokenizer does not call them special: answers may have them.
+    """
     return {
         token.content: number
         for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special or token.content in (image_token, *_tokens_in(template, tokenizer))
+        if token.special
+        or token.content == image_token
+        or (token.content.strip() and token.content in written and token.content not in THOUGHTS)
     }
-
-
-def _tokens_in(template: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return [
-        token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip() and token.content in template
-    ]
 
 
 def _content_tokenizer(tokenizer: PreTrainedTokenizerFast, control: set[str]) -> Tokenizer:

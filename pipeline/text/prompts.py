@@ -4,7 +4,7 @@ A prompt is a row of segments: pieces of the chat template, texts, runs of place
 before a text is encoded; once the texts' ids are there, the segments are joined, and every position follows from lengths.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
@@ -136,13 +136,12 @@ class Layout:
         return Prompts(ids, bounds, spans.astype(ID), span_bounds, images.astype(ID), image_bounds)
 
 
-def lay_out(conversations: Sequence[Sequence[Turn]], pattern_of: Callable[[tuple[str, ...]], Pattern], image: bytes) -> Layout:
-    """Conversations -> where everything stands; `image` are the placeholder ids of one image."""
+def lay_out(conversations: Iterable[tuple[Sequence[Turn], Pattern]], image: bytes) -> Layout:
+    """Conversations and their patterns -> where everything stands; `image` are the placeholder ids of one image."""
     found = Layout()
     segments, places, which, images, slots = found.segments, found.places, found.which, found.images, found.slots
     numbers: dict[str, int] = {}  # a question asked of a thousand pictures is encoded once
-    for turns in conversations:
-        pattern = pattern_of(tuple([turn.role for turn in turns]))
+    for turns, pattern in conversations:
         segments.append(pattern.first)
         for turn, (behind, closing) in zip(turns, pattern.rest, strict=False):
             if closing:

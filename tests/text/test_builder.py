@@ -9,7 +9,7 @@ import pytest
 from conftest import CHATML, DIALECTS, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.core.errors import PipelineError
@@ -53,8 +53,10 @@ TALKS: dict[str, list[Turn]] = {
 talks = pytest.mark.parametrize("talk", TALKS)
 
 
-def answers(turns: list[Turn]) -> list[str]:
-    return [str(turn.parts[0]) for turn in turns if turn.role == "assistant"]
+def answers(turns: list[Turn], dialect: str = "") -> list[str]:
+    """The assistant's texts; Qwen3's template takes thoughts out of them."""
+    said = [str(turn.parts[0]) for turn in turns if turn.role == "assistant"]
+    return [text.split("</think>")[-1].lstrip("\n") for text in said] if dialect == "qwen3" else said
 
 
 def spell(builder: PromptBuilder, ids: np.ndarray) -> str:
@@ -68,10 +70,10 @@ def test_every_answer_and_its_end_of_turn_is_supervised_and_nothing_else(builder
     builder = builders[dialect]
     prompt = builder.build(TALKS[talk])
     assert [spell(builder, prompt.ids[start:end]) for start, end in prompt.spans] == [
-        f"{text}<|im_end|>" for text in answers(TALKS[talk])
+        f"{text}<|im_end|>" for text in answers(TALKS[talk], dialect)
     ]
     assert all(prompt.ids[end - 1] == builder.end_id for _, end in prompt.spans)
-    assert [builder.decode(prompt.ids[start:end]) for start, end in prompt.spans] == answers(TALKS[talk])
+    assert [builder.decode(prompt.ids[start:end]) for start, end in prompt.spans] == answers(TALKS[talk], dialect)
     assert prompt.spans[-1][1] == len(prompt.ids), "what follows the last answer is not trained on"
 
 
@@ -84,6 +86,8 @@ def test_the_whole_text_is_the_dialects_own(builders: Builders, dialect: str, ta
     for number, turn in enumerate(turns):
         think = own.think if number == len(turns) - 1 else ""
         content = "".join(own.image_token * 3 if isinstance(part, ImageSlot) else part for part in turn.parts)
+        if turn.role == "assistant":
+            (content,) = answers([turn], dialect)
         text += f"<|im_start|>{turn.role}\n{think}{content}<|im_end|>\n"
     assert spell(builder, builder.build(turns, trim=False).ids) == text
     assert spell(builder, builder.build(turns).ids) == text.removesuffix("\n")
@@ -225,9 +229,10 @@ def test_a_folder_without_a_tokenizer_is_an_error_that_names_the_parameter(tmp_p
 
 def test_a_text_whose_only_spelling_is_a_control_token_is_refused(tmp_path: Path) -> None:
     """A vocabulary that holds the control token as an ordinary piece would let it through."""
-    letters = {chr(code): number for number, code in enumerate(range(10, 127), start=4)}
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=4)}
     vocabulary = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<image>": 3, **letters}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.add_special_tokens(list(vocabulary)[:4])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=DIALECTS["embedded"].template).save_pretrained(tmp_path)
     builder = PromptBuilder(str(tmp_path), image_token="<image>", tokens=3)

@@ -31,7 +31,7 @@ TEMPLATES: dict[str, tuple[str, dict[str, Any], str]] = {
     "turns that must alternate": (
         "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}" + CHATML, SYSTEM, "must alternate"),
-    "a system turn that is dropped": (DROPPING, SYSTEM, "drops or reorders"),
+    "a system turn that is dropped": (DROPPING, SYSTEM, "drops turns"),
     "a talk too long for it": (refusing(EIGHT, "{{ raise_exception('at most three questions') }}"), LONG, "at most three"),
     "something undefined": (refusing(EIGHT, "{{ messages[99]['role'] + 'x' }}"), LONG, "refuses turns user, assistant"),
     "a division by zero": (refusing(EIGHT, "{{ 1 // 0 }}"), LONG, "division"),

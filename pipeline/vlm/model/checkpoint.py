@@ -36,7 +36,7 @@ class Manifest:
     Attributes:
         vision: model, revision, layer of the encoder, and `spec`, what its features depend on.
         llm: model, revision and image_token of the language model the run started from, and where it stays frozen `files`,
-            the checksums of its files by name.
+            the checksums of its files by name; `date` where its template writes one.
         projector: kind, width (Dv), hidden (D); merge and factor where patches are merged.
         own_llm: whether the folder holds a trained language model.
     """

@@ -10,7 +10,7 @@ from pipeline.core import ARTEFACT, PipelineError, merged_tokens
 from pipeline.features import Encoder, FeatureSource, FeatureStore, LiveFeatures, StoredFeatures
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.records import open_dataset
-from pipeline.text import PromptBuilder, TokenTable
+from pipeline.text import DATE, PromptBuilder, TokenTable
 from pipeline.vlm.batches import PAYS, Sharing, find_sharing
 from pipeline.vlm.model import (
     VisionLanguageModel,
@@ -28,7 +28,7 @@ STORE = Path("data/features")
 def make_builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> PromptBuilder:
     """The builder of `llm`; raises `PipelineError` for a table that another one made."""
     llm, tokens = params.llm, merged_tokens(encoder.tokens, params.projector.factor)
-    builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens)
+    builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens, date=llm.date)
     for table in tables:
         if table.spec != builder.spec():
             raise PipelineError(
@@ -78,8 +78,11 @@ def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, s
         remedy = f"set vision.model: {vision['model']}, vision.layer: {vision['layer']}, {stored}"
     elif not manifest.own_llm and (manifest.llm["model"], manifest.llm["revision"]) != (llm.model, llm.revision):
         problem, remedy = f"was trained for {manifest.llm['model']}", f"set llm.model: {manifest.llm['model']}"
+    elif builder.dated and manifest.llm.get("date", DATE) != llm.date:
+        problem = f"was trained with llm.date: {manifest.llm.get('date', DATE)}"
+        remedy = f"set llm.date: '{manifest.llm.get('date', DATE)}'"
     elif manifest.own_llm:
-        own = PromptBuilder(str(start), image_token=llm.image_token, tokens=builder.tokens)
+        own = PromptBuilder(str(start), image_token=llm.image_token, tokens=builder.tokens, date=llm.date)
         if own.tokenizer.get_vocab() != builder.tokenizer.get_vocab():
             problem, remedy = f"its vocabulary is not that of {llm.model}", f"set llm.model: {start}"
     if problem:

@@ -115,7 +115,8 @@ def _save(run: TrainingRun, model: VisionLanguageModel, history: History, measur
             "precision": vision.precision,
             "spec": run.encoder.spec(),
         },
-        llm={"model": llm.model, "revision": llm.revision, "image_token": llm.image_token, **run.frozen_files},
+        llm={"model": llm.model, "revision": llm.revision, "image_token": llm.image_token, **run.frozen_files}
+        | ({"date": llm.date} if run.builder.dated else {}),
         projector=projector_shape(run.params) | {"width": run.encoder.width, "hidden": model.hidden_size},
         own_llm=run.own_llm,
     )
