@@ -5,6 +5,7 @@ Nothing comes in but the operating system and torch. What needs torch is importe
 """
 
 from pipeline.core.checksums import file_digests, is_signed, record, seal, sign, to_json, unseal, verify
+from pipeline.core.disk import best_effort, reserve, set_mode, sync
 from pipeline.core.errors import (
     ARTEFACT,
     BAD_ROWS,
@@ -45,6 +46,7 @@ __all__ = [
     "USAGE",
     "PipelineError",
     "as_line",
+    "best_effort",
     "brief",
     "debugging",
     "exit_on_error",
@@ -63,9 +65,12 @@ __all__ = [
     "quiet_libraries",
     "record",
     "remove_leftovers",
+    "reserve",
     "run_command",
     "seal",
+    "set_mode",
     "sign",
+    "sync",
     "take_debug",
     "temporary_name",
     "to_json",

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pipeline.core.checksums import sign, to_json
+from pipeline.core.disk import replace, sync
 from pipeline.core.errors import RESOURCE, PipelineError, brief
 
 DAY = 86400  # seconds
@@ -49,9 +50,9 @@ def publish(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with writing(path):
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
+            sync(temporary)
+            replace(temporary, path)
+            sync(path.parent)
     except OSError as error:
         raise (_unwritable(path, error) if _names(error, temporary) else error) from None
     finally:
@@ -83,6 +84,7 @@ def write_json(path: Path, content: Any) -> None:
 @contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
     """As `publish` for a folder: whatever stood at `path` is replaced by the finished new one, its `checksums.json` with it."""
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link to a folder on another disk stays one
     temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(path):
@@ -92,23 +94,15 @@ def publish_folder(path: Path) -> Iterator[Path]:
         with writing(path):
             sign(temporary)
             for file in sorted(temporary.rglob("*")):
-                _sync(file)
-            _sync(temporary)
+                sync(file)
+            sync(temporary)
             shutil.rmtree(path, ignore_errors=True)
-            os.replace(temporary, path)
-            _sync(path.parent)
+            replace(temporary, path)
+            sync(path.parent)
     except OSError as error:
         raise (_unwritable(path, error) if _names(error, temporary) else error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def link_or_copy(source: Path, target: Path) -> bool:

@@ -49,7 +49,7 @@ def convert(file: Path, out: Path, *, dtype: str = "float32") -> list[str]:
     Raises `PipelineError` for a damaged file, another family or tokenizer, a tensor that would be lost, and when `out` is
     there already.
     """
-    from pipeline.core import publish_folder, writing
+    from pipeline.core import publish_folder, set_mode, writing
     from pipeline.minimind.importing import refuse_existing
 
     fields, numbers = _read_metadata(file)
@@ -60,7 +60,7 @@ def convert(file: Path, out: Path, *, dtype: str = "float32") -> list[str]:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for path in temporary.glob("*.safetensors"):
-            path.chmod(0o644)  # the writer makes them the owner's alone
+            set_mode(path, 0o644)  # the writer makes them the owner's alone
     named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
     spare = [t for t in map(str, tokenizer.added_tokens_decoder.values()) if t not in named and t not in tokenizer.chat_template]
     size = sum(parameter.numel() for parameter in model.parameters())

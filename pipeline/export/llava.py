@@ -25,7 +25,7 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
-from pipeline.core import ARTEFACT, PipelineError
+from pipeline.core import ARTEFACT, PipelineError, set_mode
 from pipeline.core.devices import DTYPES
 from pipeline.export.source import Source
 
@@ -172,5 +172,5 @@ def write_model(source: Source, folder: Path, dtype: str) -> int:
     build_generation_config(source).save_pretrained(folder)
     save_torch_state_dict(cast, folder, max_shard_size="5GB", metadata={"format": "pt"})
     for path in folder.glob("*.safetensors"):
-        path.chmod((folder / "config.json").stat().st_mode)  # the writer leaves them to their owner alone
+        set_mode(path, (folder / "config.json").stat().st_mode)  # the writer leaves them to their owner alone
     return sum(tensor.numel() for tensor in cast.values())

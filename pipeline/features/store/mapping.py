@@ -5,6 +5,7 @@ owns, which costs nothing; reading there would end the process, so only numbers 
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import weakref
@@ -13,6 +14,8 @@ from math import gcd
 from pathlib import Path
 
 import numpy as np
+
+from pipeline.core import best_effort
 
 HUGE = 2**21  # a file whose address is a multiple of this is mapped in large pages where the kernel holds it in such
 MOST = 2**45  # bytes of address space; processors have 2**47 and more
@@ -47,6 +50,39 @@ class RowMap:
         held = (ctypes.c_uint8 * (count * size)).from_address(base + zero)
         self.rows = np.ctypeslib.as_array(held).view(dtype).reshape(count, *shape)
         self.rows.flags.writeable = False
+
+    def take(self, places: np.ndarray, out: np.ndarray) -> None:
+        """Copy the rows at `places` [n] into `out` [n, *shape]."""
+        np.take(self.rows, places, axis=0, out=out, mode="clip")  # for "raise" it would copy twice
+
+
+class RowFiles:
+    """The same files, read row by row: for file systems that map none."""
+
+    def __init__(self, parts: Sequence[tuple[Path, int]], shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._size = int(np.prod(shape)) * dtype.itemsize
+        counts = [(path.stat().st_size - offset) // self._size for path, offset in parts]
+        self.first = np.cumsum([0, *counts[:-1]])
+        self._parts = parts
+
+    def take(self, places: np.ndarray, out: np.ndarray) -> None:
+        """Copy the rows at `places` [n] into `out` [n, *shape]; a file that has become shorter is an OSError."""
+        owner = np.searchsorted(self.first, places, side="right") - 1
+        bytes_ = out.reshape(len(out), -1).view(np.uint8)
+        for number in np.unique(owner).tolist():
+            path, offset = self._parts[number]
+            with path.open("rb", buffering=0) as file:
+                for i in np.flatnonzero(owner == number).tolist():
+                    file.seek(offset + int(places[i] - self.first[number]) * self._size)
+                    if file.readinto(bytes_[i].data) != self._size:
+                        raise OSError(errno.EIO, "shorter than its rows", str(path))
+
+
+def open_rows(parts: Sequence[tuple[Path, int]], shape: tuple[int, ...], dtype: np.dtype) -> RowMap | RowFiles:
+    """The files mapped into memory, or opened row by row where the file system maps none."""
+    with best_effort("map files into memory", parts[0][0]):
+        return RowMap(parts, shape, dtype)
+    return RowFiles(parts, shape, dtype)
 
 
 def _place(offsets: list[int], lengths: list[int], size: int, step: int) -> tuple[list[int], int]:

@@ -25,11 +25,13 @@ import numpy as np
 import torch
 import xxhash
 
-from pipeline.core import ARTEFACT, RESOURCE, PipelineError, brief, fingerprint, publish, writing
+from pipeline.core import ARTEFACT, RESOURCE, PipelineError, best_effort, brief, fingerprint, publish, reserve, set_mode, writing
+from pipeline.features.store.layout import require_plain
 from pipeline.features.store.row_format import RowFormat, row_format_of
 
 FORMAT = 1
 SEAL = b"GLANCE01"
+AROUND = 1 << 20  # bytes of a shard beside its rows and tables, and more than there are
 PAGE = mmap.ALLOCATIONGRANULARITY
 
 
@@ -68,7 +70,7 @@ def _header(path: Path, hashes: np.ndarray, spec: dict[str, Any], rows: RowForma
         ("row_xxh3", (count,), np.dtype("<u8")),
     ] + [(name, values.shape, values.dtype) for name, values in sorted(rows.constants.items())]
     offsets = {}
-    with h5py.File(path, "w", libver="earliest", alignment_threshold=65536, alignment_interval=4096) as file:
+    with h5py.File(path, "w", libver="earliest", locking=False, alignment_threshold=65536, alignment_interval=4096) as file:
         for name, value in sorted(attributes.items()):
             file.attrs[name] = value
         for name, shape, dtype in datasets:
@@ -103,7 +105,7 @@ def write_shard(
         handle = os.open(temporary, os.O_WRONLY)
         try:
             with writing(path):
-                os.posix_fallocate(handle, 0, max(offsets["features"] + size * len(hashes), os.fstat(handle).st_size))
+                reserve(handle, max(offsets["features"] + size * len(hashes), os.fstat(handle).st_size), where=path)
             for batch in batches:
                 if batch.dtype != rows.dtype or batch.shape[1:] != rows.shape:
                     raise ValueError(f"batch is {batch.dtype} {batch.shape}")
@@ -119,7 +121,7 @@ def write_shard(
                     _write_all(handle, memoryview(table.tobytes()), offsets[name])
                 place = struct.pack("<8sQQ", SEAL, offsets["features"], size * len(hashes))
                 _write_all(handle, memoryview(place + _digest(temporary, place)), os.fstat(handle).st_size)
-                os.fchmod(handle, 0o444)
+                set_mode(handle, 0o444, where=path)
         finally:
             os.close(handle)
 
@@ -132,6 +134,8 @@ def _digest(path: Path, place: bytes) -> bytes:
         end = file.seek(0, os.SEEK_END)
         if end < offset + size:
             raise ValueError("shorter than its rows")
+        if end - size > AROUND + size // 8:
+            raise ValueError("more around its rows than its tables need")
         tail = end - len(place) - 16 if _has_seal(file, end) else end
         for start, stop in ((0, offset), (offset + size, tail)):
             file.seek(start)
@@ -163,8 +167,8 @@ def _write_all(handle: int, view: memoryview, offset: int) -> None:
 
 
 class Shard:
-    """A finished shard, open for reading: `hashes` [n, 32], `spec`, `row_format`, `stored` [n, *rows.shape] (mapped),
-    `offset` (bytes) where they begin in the file.
+    """A finished shard, open for reading: `hashes` [n, 32], `spec`, `row_format`, and `offset`
+    (bytes) where its rows begin in the file.
 
     `check` is to be asked for every row that is read. Raises `PipelineError` naming the file.
     """
@@ -174,9 +178,8 @@ class Shard:
         try:
             check_seal(path)
             with h5py.File(path, "r", locking=False) as file:
+                require_plain(file, path.stat().st_size)
                 features = file["features"]
-                if features.external is not None or features.is_virtual:
-                    raise ValueError("its rows are elsewhere")
                 self.spec: dict[str, Any] = json.loads(file.attrs["spec"])
                 self.fingerprint = str(file.attrs["fingerprint"])
                 self.relative_error: float | None = file.attrs.get("relative_error")
@@ -188,13 +191,15 @@ class Shard:
             if dtype != self.row_format.dtype or shape[1:] != self.row_format.shape:
                 raise ValueError(f"its rows are {dtype} {shape[1:]}, not what its spec says")
             with path.open("rb") as handle:
-                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            self.stored = np.frombuffer(self._map, dtype, int(np.prod(shape)), self.offset).reshape(shape)
+                self._map: mmap.mmap | None = None
+                with best_effort("map files into memory", path):
+                    self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise self._damaged(f"not a readable shard: {brief(error)}") from None
         if self.fingerprint != fingerprint(self.spec) or len(self.hashes) != len(self._sums) or len(self._sums) != shape[0]:
             raise self._damaged("its parts contradict each other")
-        self._map.madvise(mmap.MADV_RANDOM)  # read-around would fetch eight times what a random row needs
+        if self._map:
+            self._map.madvise(mmap.MADV_RANDOM)  # read-around would fetch eight times what a random row needs
         self._bytes = row_bytes(self.row_format)
 
     def __len__(self) -> int:
@@ -206,6 +211,8 @@ class Shard:
 
     def announce(self, row: int, count: int = 1) -> None:
         """Ask the kernel to read rows from disk now; returns at once."""
+        if not self._map:
+            return
         start = self.offset + row * self._bytes
         aligned = start - start % PAGE
         self._map.madvise(mmap.MADV_WILLNEED, aligned, start + count * self._bytes - aligned)
@@ -215,11 +222,16 @@ class Shard:
         if xxhash.xxh3_64_intdigest(stored.data) != int(self._sums[row]):
             raise self._damaged(f"row {row} (image {self.hashes[row].tobytes().hex()[:16]}…) fails its checksum")
 
+    def _block(self, start: int, count: int) -> np.ndarray:
+        shape, dtype = self.row_format.shape, self.row_format.dtype
+        count, start = count * int(np.prod(shape)), self.offset + start * self._bytes
+        return np.fromfile(self.path, dtype, count, offset=start).reshape(-1, *shape)
+
     def bad_rows(self) -> Iterator[tuple[int, str]]:
         """Every row that is not what was written, with the reason; reads the whole shard, a block at a time."""
         for start in range(0, len(self), 256):
             self.announce(start, min(256, len(self) - start))
-            block = np.array(self.stored[start : start + 256])
+            block = self._block(start, min(256, len(self) - start))
             finite = torch.isfinite(self.row_format.decode(torch.from_numpy(block))).flatten(1).all(1)
             for i, row in enumerate(block):
                 if xxhash.xxh3_64_intdigest(row.data) != int(self._sums[start + i]):

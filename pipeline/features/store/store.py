@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.core import ARTEFACT, PipelineError, brief, unseal
-from pipeline.features.store.mapping import RowMap
+from pipeline.features.store.mapping import open_rows
 from pipeline.features.store.row_format import Float16Format, RowFormat
 from pipeline.features.store.shards import Shard
 from pipeline.records import as_arrow
@@ -35,7 +35,8 @@ class ShardSet:
     def __init__(self, shards: Sequence[Shard], row_format: RowFormat) -> None:
         self.shards, self.row_format = shards, row_format
         self.starts = np.cumsum([0, *(len(shard) for shard in shards)])
-        self._map = RowMap([(shard.path, shard.offset) for shard in shards], row_format.shape, row_format.dtype) if shards else None
+        parts = [(shard.path, shard.offset) for shard in shards]
+        self._map = open_rows(parts, row_format.shape, row_format.dtype) if shards else None
         first = self._map.first if self._map else np.empty(0, np.int64)
         self._place = np.arange(len(self)) + np.repeat(first - self.starts[:-1], np.diff(self.starts))  # in the map
         self._verified, self._unverified = np.zeros(len(self), bool), len(self)
@@ -78,7 +79,7 @@ class ShardSet:
             raise ValueError("rows are copied to one piece of memory")
         began = time.perf_counter()
         if self._map:
-            np.take(self._map.rows, self._place[rows], axis=0, out=out, mode="clip")  # for "raise" it would copy twice
+            self._map.take(self._place[rows], out)
         if self._unverified:
             self._verify(rows, out)
         warm = out.nbytes > WARM * (time.perf_counter() - began)

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline.core import ARTEFACT, PipelineError, brief, is_signed, publish_folder, verify, writing
+from pipeline.core import ARTEFACT, PipelineError, brief, is_signed, publish_folder, set_mode, verify, writing
 from pipeline.text import PromptBuilder
 from pipeline.vlm.model.language_model import language_model_files, load_language_model
 from pipeline.vlm.model.projector import build_projector
@@ -65,7 +65,7 @@ def save(folder: Path, model: VisionLanguageModel, manifest: Manifest, builder: 
         weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.projector.state_dict().items()}
         save_file(weights, temporary / "projector.safetensors")
         for file in temporary.glob("*.safetensors"):
-            file.chmod(0o644)  # the writer makes them the owner's alone
+            set_mode(file, 0o644)  # the writer makes them the owner's alone
         content = {
             "format": FORMAT,
             "vision": manifest.vision,
