@@ -1,31 +1,29 @@
-"""Talk about pictures with a trained model: `python -m pipeline.chat [IMAGE] [QUESTION]`.
+"""Talk about pictures with a trained model: `python -m pipeline.chat [PICTURE] [QUESTION]`.
 
-Reads models/sft (or --model). With a picture and a question it answers once and ends; otherwise it is a conversation.
-Greedy and seeded unless told otherwise.
+Reads models/sft (or --model). With a picture and a question it answers once and ends; with a folder or a .jsonl of questions it
+answers for each; otherwise it is a talk. Greedy and seeded unless told otherwise. Ends with 0; with 130 after Ctrl-C while it
+loads or has nobody to ask, 141 when whoever reads its output goes; else with one line that says why.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports that are interrupted halfway have nothing to say
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from pipeline.chat.options import Device, MaxTokens, Model, Seed, Temperature, TopP, require_model
-from pipeline.core import PipelineError, exit_on_error, run_command
-
-if TYPE_CHECKING:  # heavy modules are imported once it is known that there is a model to load
-    import torch
-
-    from pipeline.chat.assistant import Assistant, Conversation, Sampling
-HELP = """\
-  /image PATH   show a picture with your next question
-  /reset        forget the conversation
-  /help         this list
-  /exit         leave (or Ctrl-D)"""
+from pipeline.chat.interrupts import Interrupts, leaving_at_once
+from pipeline.chat.options import Device, MaxTokens, Model, Seed, Settings, Temperature, TopP, require_model
+from pipeline.chat.paths import find_pictures, read_picture, require_text
+from pipeline.core import exit_on_error, run_command
 
 
 def chat(
-    image: Annotated[Path | None, typer.Argument(help="A picture to talk about.")] = None,
+    picture: Annotated[str | None, typer.Argument(help="A picture to talk about, a folder of pictures, or a .jsonl.")] = None,
     question: Annotated[str | None, typer.Argument(help="Ask this, print the answer and end.")] = None,
     model: Model = Path("models/sft"),
     max_tokens: MaxTokens = 64,
@@ -33,71 +31,45 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     device: Device = "auto",
+    stats: Annotated[bool, typer.Option("--stats", help="Tokens a second, and how long the first one took.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Add what is said to this .md or .jsonl.")] = None,
+    thumbnails: Annotated[bool, typer.Option(help="Small pictures in a terminal that shows colours.")] = True,
 ) -> None:
-    """Talk about pictures with a trained model."""
-    exit_on_error(lambda: _chat(image, question, model, (max_tokens, temperature, top_p, seed), device))
+    """Talk about pictures with a trained model, or ask a question of a folder of them."""
+    settings = Settings(model, (max_tokens, temperature, top_p, seed), device, save, stats, thumbnails)
+    exit_on_error(lambda: _chat(picture or "", question or "", settings))
 
 
-def _chat(image: Path | None, question: str | None, model: Path, drawn: tuple[int, float, float, int], device: str) -> None:
-    require_model(model)
-    if image is not None and not image.is_file():
-        raise PipelineError("no such picture", where=str(image))
-    from pipeline.chat.assistant import Assistant, Conversation, Sampling
-    from pipeline.core import quiet_libraries
-
-    quiet_libraries()
-    assistant, sampling, talk = Assistant(model, device=device), Sampling(*drawn), Conversation()
-    picture = assistant.look(image) if image is not None else None
-    if question is not None:
-        _say(assistant, talk, question, picture, sampling)
-    else:
-        _converse(assistant, talk, picture, sampling)
+def _chat(picture: str, question: str, settings: Settings) -> None:
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # bytes that are no text must not end a talk
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
+    require_model(settings.model)
+    require_text(question, "the question")
+    with leaving_at_once():
+        _answer(picture, question, settings)
 
 
-def _say(assistant: "Assistant", talk: "Conversation", text: str, picture: "torch.Tensor | None", sampling: "Sampling") -> None:
-    assistant.ask(talk, text, picture)
-    for piece in assistant.answer(talk, sampling):
-        print("".join(c for c in piece if c.isprintable() or c in "\n\t"), end="", flush=True)
-    print()
+def _answer(picture: str, question: str, settings: Settings) -> None:
+    for path in find_pictures(picture):
+        if path.is_dir() or path.suffix.lower() == ".jsonl":
+            from pipeline.chat.many import ask_all
 
-
-def _converse(assistant: "Assistant", talk: "Conversation", picture: "torch.Tensor | None", sampling: "Sampling") -> None:
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  (line editing and history at the prompt)
-
-        print("Ask about a picture. /help lists the commands.")
-    while True:
-        try:
-            text = input("you> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
+            ask_all(path, question, settings)
             return
-        command, _, argument = text.partition(" ")
-        try:
-            if command in ("/exit", "/quit"):
-                return
-            if command == "/help":
-                print(HELP)
-            elif command == "/reset":
-                talk.turns.clear()
-                talk.features.clear()
-                picture = None
-                print("forgotten")
-            elif command == "/image":
-                picture = assistant.look(Path(argument.strip()).expanduser())
-                print(f"looking at {argument.strip()}")
-            elif command.startswith("/"):
-                print(f"no command {command}\n{HELP}")
-            elif text:
-                asked = len(talk.turns), len(talk.features)
-                try:
-                    _say(assistant, talk, text, picture, sampling)
-                    picture = None
-                except (PipelineError, KeyboardInterrupt) as error:  # an unanswered question leaves no trace
-                    del talk.turns[asked[0] :], talk.features[asked[1] :]
-                    print(f"\n{error.line()}" if isinstance(error, PipelineError) else "\nstopped")
-        except PipelineError as error:
-            print(error.line())
+        read_picture(path)  # what is wrong with it is known before anything is loaded
+    from pipeline.chat.terminal import converse, open_talk
+
+    talk = open_talk(settings)
+    if picture:
+        talk.show(picture, quiet=bool(question))
+    if question:
+        talk.say(question)
+    elif sys.stdin.isatty():
+        with Interrupts() as interrupts:
+            converse(talk, interrupts)
+    else:
+        converse(talk, None)
 
 
 if __name__ == "__main__":

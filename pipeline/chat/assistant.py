@@ -1,14 +1,18 @@
 """A trained model put to use: pictures in, answers out. Chat and the report use it; training has no part in it."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import TextIteratorStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from pipeline.core import PipelineError, merged_tokens
+from pipeline.chat.paths import OTHER, read_picture
+from pipeline.core import RESOURCE, PipelineError, merged_tokens
 from pipeline.core.devices import autocast, pick_device, pick_precision
 from pipeline.features import Encoder
 from pipeline.records import ImageError, ImageSlot, Turn
@@ -27,6 +31,20 @@ class Sampling:
 
 
 @dataclass(slots=True)
+class Pace:
+    """How fast an answer came: tokens, and seconds from the question to the first and to the last of them."""
+
+    tokens: int = 0
+    first: float = 0.0
+    last: float = 0.0
+
+    def line(self) -> str:
+        """For a person: the rate is that of the tokens behind the first, which waits for the prompt."""
+        rate = f"{(self.tokens - 1) / (self.last - self.first):,.0f} tokens/s, " if self.last > self.first else ""
+        return f"{self.tokens} tokens, {rate}the first after {self.first:.2f} s"
+
+
+@dataclass(slots=True)
 class Conversation:
     """Turns so far and the features [P, Dv] of every picture they show."""
 
@@ -37,10 +55,15 @@ class Conversation:
 class Assistant:
     """A checkpoint folder, ready to answer.
 
+    One answer is made at a time; others wait, so that several people may share it.
+
+    Args:
+        batch: pictures per call of the encoder (see `look_at`).
+
     Raises `PipelineError` when the folder holds no model, or its encoder is not the one it was trained with.
     """
 
-    def __init__(self, folder: str | Path, *, device: str = "auto") -> None:
+    def __init__(self, folder: str | Path, *, device: str = "auto", batch: int = 1) -> None:
         manifest = checkpoint.read_manifest(folder)
         self.device = pick_device(device)
         self.precision = pick_precision("auto", self.device)
@@ -53,7 +76,7 @@ class Assistant:
             storage=vision["spec"].get("storage", "float16"),
             pool=int(vision["spec"].get("pool", 1)),
             device=self.device,
-            batch=1,
+            batch=batch,
         )
         found, trained = self.encoder.spec(), vision["spec"]
         if differ := [key for key in trained if key != "precision" and found.get(key) != trained[key]]:
@@ -68,71 +91,148 @@ class Assistant:
         date = manifest.llm.get("date", DATE)
         self.builder = PromptBuilder(llm, revision=revision, image_token=image_token, tokens=tokens, date=date)
         self.context = getattr(self.model.language_model.config, "max_position_embeddings", None)
+        self._one_at_a_time = threading.Lock()
 
-    def look(self, path: str | Path) -> torch.Tensor:
-        """Patch features float16 [P, Dv] of a picture file."""
+    def look(self, path: str | Path, *, name: str = "") -> torch.Tensor:
+        """Patch features float16 [P, Dv] of a picture file; messages call it `name`, or its path."""
+        return self.look_at(read_picture(Path(path), name=name), name or str(path))
+
+    def look_at(self, data: bytes, name: str) -> torch.Tensor:
+        """Patch features float16 [P, Dv] of a picture file's bytes."""
         try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise ImageError(error.strerror or "unreadable", where=str(path), remedy="give the path of a picture") from None
-        return self.encoder.encode_files([data], [str(path)])[0]
+            return self.encoder.encode_files([data], [name])[0]
+        except ImageError as error:
+            raise ImageError(error.what, where=error.where, remedy=OTHER) from None
 
-    def ask(self, talk: Conversation, text: str, picture: torch.Tensor | None = None) -> None:
-        """Add a user's turn; the picture stands before the text. `<image>` typed by a person stays text."""
+    def ask(self, talk: Conversation, text: str, pictures: torch.Tensor | Sequence[torch.Tensor] | None = None) -> None:
+        """Add a user's turn; its pictures stand before the text. `<image>` typed by a person stays text."""
+        shown = [] if pictures is None else [pictures] if isinstance(pictures, torch.Tensor) else list(pictures)
         parts: list[str | ImageSlot] = []
-        if picture is not None:
-            parts.append(ImageSlot(len(talk.features)))
+        for picture in shown:
+            parts += [ImageSlot(len(talk.features)), "\n"]
             talk.features.append(picture)
-            text = f"\n{text}"
+        if parts:
+            text = f"{parts.pop()}{text}"
         talk.turns.append(Turn("user", (*parts, text)))
 
-    def answer(self, talk: Conversation, sampling: Sampling) -> Iterator[str]:
-        """The answer to the last turn, piece by piece as it is generated; it then joins the conversation."""
+    def answer(
+        self, talk: Conversation, sampling: Sampling, *, stop: threading.Event | None = None, pace: Pace | None = None
+    ) -> Iterator[str]:
+        """The answer to the last turn, piece by piece as it is generated; it then joins the conversation.
+
+        `stop`, once set, ends it after the token in the making, and what was said so far joins. An iterator that is closed
+        early stops likewise and leaves no thread at work.
+        """
+        prompt = self._prompt(talk, sampling)
+        stop, pace = stop or threading.Event(), pace or Pace()
+        streamer = _Streamer(self.builder.tokenizer, pace)
+        failure: list[BaseException] = []
+        thread = threading.Thread(target=self._generate, args=(prompt, talk.features, sampling, streamer, stop, failure))
+        thread.start()
+        pieces = []
+        try:
+            for piece in streamer:
+                pieces.append(piece)
+                yield piece
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            thread.join()
+        if failure:
+            raise failure[0]
+        talk.turns.append(Turn("assistant", ("".join(pieces).strip() or " ",)))
+
+    def answer_all(self, questions: Sequence[tuple[str, Sequence[torch.Tensor]]], sampling: Sampling) -> list[str | PipelineError]:
+        """Answers to questions that have nothing to do with each other, made together: words and the pictures [P, Dv] of each.
+
+        A question that the model has no room for is answered by the error.
+        """
+        found: list[str | PipelineError] = []
+        talks: list[tuple[Prompt, list[torch.Tensor]]] = []
+        for text, pictures in questions:
+            talk = Conversation()
+            self.ask(talk, text, pictures)
+            try:
+                talks.append((self._prompt(talk, sampling), talk.features))
+                found.append("")
+            except PipelineError as error:
+                found.append(error)
+        if talks:
+            features = [picture for _, pictures in talks for picture in pictures]
+            produced = iter(self._produce([prompt for prompt, _ in talks], features, sampling))
+            found = [one if isinstance(one, PipelineError) else self.builder.decode(next(produced)).strip() for one in found]
+        return found
+
+    def _prompt(self, talk: Conversation, sampling: Sampling) -> Prompt:
         prompt = self.builder.build_question(talk.turns)
         if self.context and len(prompt.ids) + sampling.max_new_tokens > self.context:
             raise PipelineError(
                 f"{len(prompt.ids)} tokens so far and up to {sampling.max_new_tokens} to come, the model holds {self.context}",
                 remedy="/reset, or fewer --max-tokens",
             )
-        streamer = TextIteratorStreamer(self.builder.tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        failure: list[BaseException] = []
-        thread = threading.Thread(target=self._generate, args=(prompt, talk.features, sampling, streamer, failure), daemon=True)
-        thread.start()
-        pieces = []
-        for piece in streamer:
-            pieces.append(piece)
-            yield piece
-        thread.join()
-        if failure:
-            raise failure[0]
-        talk.turns.append(Turn("assistant", ("".join(pieces).strip() or " ",)))
+        return prompt
+
+    def _produce(
+        self, prompts: Sequence[Prompt], features: Sequence[torch.Tensor], sampling: Sampling, **options: Any
+    ) -> np.ndarray:
+        """Ids of an answer to each prompt; `features` are all their pictures', in order."""
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        nothing = torch.empty(0, self.encoder.tokens, self.encoder.width, dtype=torch.float16)
+        shown = torch.stack(list(features)) if features else nothing
+        with self._one_at_a_time, autocast(self.precision, self.device):
+            torch.manual_seed(sampling.seed)
+            return generate(
+                self.model,
+                self.builder,
+                [prompt.ids for prompt in prompts],
+                [prompt.image_starts for prompt in prompts],
+                shown,
+                max_new_tokens=sampling.max_new_tokens,
+                device=self.device,
+                **options,
+                **(drawn if sampling.temperature > 0 else GREEDY),
+            )
 
     def _generate(
         self,
         prompt: Prompt,
         features: list[torch.Tensor],
         sampling: Sampling,
-        streamer: TextIteratorStreamer,
+        streamer: "_Streamer",
+        stop: threading.Event,
         failure: list[BaseException],
     ) -> None:
-        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        nothing = torch.empty(0, self.encoder.tokens, self.encoder.width, dtype=torch.float16)
-        shown = torch.stack(features) if features else nothing
         try:
-            torch.manual_seed(sampling.seed)
-            with autocast(self.precision, self.device):
-                generate(
-                    self.model,
-                    self.builder,
-                    [prompt.ids],
-                    [prompt.image_starts],
-                    shown,
-                    max_new_tokens=sampling.max_new_tokens,
-                    device=self.device,
-                    streamer=streamer,
-                    **(drawn if sampling.temperature > 0 else GREEDY),
-                )
+            self._produce([prompt], features, sampling, streamer=streamer, stopping_criteria=StoppingCriteriaList([_Stop(stop)]))
+        except (torch.OutOfMemoryError, MemoryError):
+            failure.append(PipelineError("no memory left for this answer", remedy="/reset, or --device cpu", code=RESOURCE))
         except BaseException as error:
             failure.append(error)
         finally:
             streamer.end()
+
+
+class _Streamer(TextIteratorStreamer):
+    """Hands text over as it is made, and notes when."""
+
+    def __init__(self, tokenizer: Any, pace: Pace) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._pace, self._began = pace, time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.numel():  # the prompt comes first, as no tokens: it was embeddings
+            self._pace.tokens += value.numel()
+            self._pace.last = time.perf_counter() - self._began
+            self._pace.first = self._pace.first or self._pace.last
+        super().put(value)
+
+
+class _Stop(StoppingCriteria):
+    """Ends generation once an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
+        return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)

@@ -9,11 +9,12 @@ datasets   a data set as params.yaml names it, bad rows dealt with
 from pipeline.records.datasets import good_rows, measured_rows, no_pictures, open_dataset, picture_is_used, row_policy, side_of
 from pipeline.records.decoder import DECODER, FORMATS, check_size, decode
 from pipeline.records.formats import BadRow, Digests, GoodImages, Mixture, Source, SourceSpec, Split, readable
+from pipeline.records.formats.lines import JsonLines
 from pipeline.records.formats.policy import SHOWN
 from pipeline.records.formats.row import bad_record
 from pipeline.records.formats.split import Side
 from pipeline.records.images import ImageError, Images, as_arrow, digest, read_file
-from pipeline.records.record import PLACEHOLDER, ImageSlot, Record, Turn
+from pipeline.records.record import PLACEHOLDER, ImageSlot, Record, Turn, is_half_surrogate
 
 __all__ = [
     "DECODER",
@@ -26,6 +27,7 @@ __all__ = [
     "ImageError",
     "ImageSlot",
     "Images",
+    "JsonLines",
     "Mixture",
     "Record",
     "Side",
@@ -39,6 +41,7 @@ __all__ = [
     "decode",
     "digest",
     "good_rows",
+    "is_half_surrogate",
     "measured_rows",
     "no_pictures",
     "open_dataset",

@@ -82,7 +82,7 @@ def test_a_conversation_with_commands(trained: Path, world: World) -> None:
     typed = f"/help\n/image {picture}\nWhat is this?\nAnd the colour?\n/reset\n/image nowhere.png\n/dance\n/exit\n"
     result = run("--model", str(trained), "--max-tokens", "3", typed=typed)
     assert result.exit_code == 0, result.output
-    for part in ("/image PATH", f"looking at {picture}", "forgotten", "nowhere.png: No such file", "no command /dance"):
+    for part in ("/image PATH", f"looking at {picture}", "forgotten", "nowhere.png: no such image", "no command /dance"):
         assert part in result.output
 
 
@@ -134,5 +134,7 @@ def test_a_missing_model_names_the_command_that_makes_it(tmp_path: Path, argumen
 
 def test_a_missing_picture_is_told_before_anything_is_loaded(trained: Path) -> None:
     result = run("nowhere.png", "What?", "--model", str(trained))
-    assert result.exit_code == 2
-    assert "no such picture" in (result.stderr if isinstance(result.stderr, str) else io.StringIO().getvalue())
+    assert result.exit_code == 3
+    assert "nowhere.png: no such image -> give the path of a picture" in (
+        result.stderr if isinstance(result.stderr, str) else io.StringIO().getvalue()
+    )
