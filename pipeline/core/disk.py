@@ -53,7 +53,10 @@ def sync(path: Path) -> None:
 def set_mode(path: Path | int, mode: int, *, where: Path | None = None) -> None:
     """Permissions of a file, by its path or while it is open."""
     with best_effort("change permissions", where or str(path)):
-        os.chmod(path, mode)
+        if isinstance(path, int):
+            os.fchmod(path, mode)
+        else:
+            os.chmod(path, mode)
 
 
 def reserve(handle: int, size: int, *, where: Path) -> None:
