@@ -4,7 +4,6 @@
 process speaks for all: what others print is kept, and shown when the failure is theirs.
 """
 
-import ctypes
 import logging
 import os
 import runpy
@@ -15,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.core import DEFECT, LAUNCHED, PipelineError, brief, debugging
+from pipeline.core import DEFECT, LAUNCHED, PipelineError, brief, debugging, die_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -75,13 +74,6 @@ def require_devices(processes: int, device: str) -> None:
         if processes > found:
             remedy = f"set runtime.processes: {max(1, found)}" if found else "set runtime.device: auto"
             raise PipelineError(f"runtime.processes is {processes}, GPUs are {found}: each process needs its own", remedy=remedy)
-
-
-def die_with_parent() -> None:
-    """Have this process asked to end when its parent is killed with -9; it would go on writing otherwise. Linux only."""
-    if sys.platform.startswith("linux"):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _report(failures: "dict[int, ProcessFailure]", folder: Path) -> int:

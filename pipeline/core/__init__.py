@@ -33,6 +33,7 @@ from pipeline.core.fingerprint import fingerprint
 from pipeline.core.frame import LAUNCHED, as_line, debugging, exit_on_error, run_command, take_debug
 from pipeline.core.grid import merged_tokens
 from pipeline.core.prefetch import patience, prefetch
+from pipeline.core.processes import SAFE_FORK, die_with_parent, end_process, fork_process
 from pipeline.core.quiet import quiet_libraries
 
 __all__ = [
@@ -43,16 +44,20 @@ __all__ = [
     "LAUNCHED",
     "NUMERIC",
     "RESOURCE",
+    "SAFE_FORK",
     "USAGE",
     "PipelineError",
     "as_line",
     "best_effort",
     "brief",
     "debugging",
+    "die_with_parent",
+    "end_process",
     "exit_on_error",
     "file_digests",
     "final_name",
     "fingerprint",
+    "fork_process",
     "is_signed",
     "link_or_copy",
     "main_checkout",

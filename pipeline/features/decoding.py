@@ -1,23 +1,23 @@
 """Pictures decoded in worker processes, ahead of whoever computes with them; one that cannot be decoded is told, not lost."""
 
 import math
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from pipeline.core import BAD_ROWS, PipelineError
+from pipeline.core import BAD_ROWS, SAFE_FORK, PipelineError, prefetch
+from pipeline.features.decoder_pool import AHEAD, Decoded, DecoderPool
 from pipeline.features.encoder.preprocess import Preprocessor
 from pipeline.records import ImageError, Images, digest
 
-SHARED = 48_000_000  # bytes: a container has 64 MB as a rule, and what does not fit ends or hangs a worker
-AHEAD = 2  # pieces that each worker has under way
-Piece = tuple[torch.Tensor | None, list[PipelineError | None], float]
+SHARED = 1_000_000_000  # bytes of pictures that are decoded ahead
+Batch = tuple[torch.Tensor | None, list[PipelineError | None], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class ImageFile:
         return self.root.place(self.name)
 
 
-class DecodedImages(Dataset):
-    """Decodes one image an item, in worker processes, and tells the seconds it took. `bytes` are those of one's pixels.
+class DecodedImages:
+    """Decodes one image an item, in worker processes, and tells the seconds it took. `shape` is [3, side, side].
 
     A bad image is returned, not raised, so that its message survives. An `ImageError` says that the decoder refused
     the image; any other error that its file could not be read, which stops a run whatever `data.on_error` says.
@@ -41,7 +41,7 @@ class DecodedImages(Dataset):
 
     def __init__(self, files: list[ImageFile], hashes: np.ndarray, preprocess: Preprocessor) -> None:
         self.files, self._hashes, self._preprocess = files, hashes, preprocess
-        self.bytes = 3 * math.prod(preprocess.size())
+        self.shape: tuple[int, ...] = (3, *preprocess.size())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -49,6 +49,18 @@ class DecodedImages(Dataset):
     def __getitem__(self, item: int) -> tuple[np.ndarray | PipelineError, float]:
         began = time.perf_counter()
         return self.decode(item), time.perf_counter() - began
+
+    def place(self, item: int) -> str:
+        """What messages call one image."""
+        return self.files[item].where
+
+    def decode_all(self, items: list[int]) -> Decoded:
+        """Several images, one after the other."""
+        found = [self[item] for item in items]
+        pixels = [each for each, _ in found if isinstance(each, np.ndarray)]
+        errors = [each if isinstance(each, PipelineError) else None for each, _ in found]
+        stacked = np.stack(pixels) if pixels else np.empty((0, *self.shape), np.uint8)
+        return Decoded(stacked, errors, sum(seconds for _, seconds in found))
 
     def decode(self, item: int) -> np.ndarray | PipelineError:
         """Pixels uint8 [3, side, side] of one image, or what is wrong with it."""
@@ -70,34 +82,42 @@ class DecodedImages(Dataset):
         return found if isinstance(found, PipelineError) else None
 
 
-def decoded_batches(images: DecodedImages, *, batch: int, workers: int, order: Iterable[int] | None = None) -> Iterator[Piece]:
-    """Batches of the images that `order` names (all, in turn), decoded ahead.
+def decoded_batches(
+    images: DecodedImages, *, batch: int, workers: int, order: Iterable[int] | None = None
+) -> Generator[Batch, Any, None]:
+    """Batches of the images that `order` names (all, in turn), decoded ahead by `workers` processes. To be closed.
 
-    Each is pixels uint8 [k, 3, side, side] or None, each image's error or None, and the seconds of decoding. `order` is asked
-    for more as the workers run out of work. They send a batch in pieces that all together stay within `SHARED` bytes of shared
-    memory, of which a container may have little.
+    Each is pixels uint8 [k, 3, side, side] or None, each image's error or None, and the seconds of decoding; the pixels are
+    good until the next batch is asked for. `order` is asked for more as the workers run out of work.
     """
-    order = range(len(images)) if order is None else order
-    loader = DataLoader(
-        images,
-        batch_sampler=_pieces(order, batch, piece_of(batch, images.bytes, workers)),  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_stack,
-        worker_init_fn=_be_quiet,
-        prefetch_factor=AHEAD if workers else None,
-    )
-    waiting: list[Piece] = []
-    for found in loader:
-        waiting.append(found)
-        if sum(len(errors) for _, errors, _ in waiting) >= batch:
+    piece = piece_of(batch, math.prod(images.shape), workers)
+    whole = -(-batch // piece)
+    with closing(_decoded(images, _pieces(range(len(images)) if order is None else order, batch, piece), piece, workers)) as found:
+        waiting: list[Decoded] = []
+        for decoded in found:
+            waiting.append(decoded)
+            if whole > 1:
+                decoded.pixels = decoded.pixels.copy()
+            if sum(len(each.errors) for each in waiting) >= batch:
+                yield _joined(waiting)
+                waiting = []
+        if waiting:
             yield _joined(waiting)
-            waiting = []
-    if waiting:
-        yield _joined(waiting)
+
+
+def _decoded(images: DecodedImages, pieces: Iterator[list[int]], piece: int, workers: int) -> Generator[Decoded, Any, None]:
+    if workers and SAFE_FORK:
+        with closing(DecoderPool(images, piece=piece, workers=workers)) as pool:
+            yield from pool.decode(pieces)
+    elif workers:  # decoders let other threads go on meanwhile
+        with closing(prefetch(pieces, images.decode_all, depth=AHEAD * workers, threads=workers)) as made:
+            yield from (decoded for _, decoded in made)
+    else:
+        yield from map(images.decode_all, pieces)
 
 
 def piece_of(batch: int, picture: int, workers: int) -> int:
-    """Images a worker sends at once: a half, a quarter and so on of a batch, as the shared memory asks."""
+    """Images a worker decodes at once: a half, a quarter and so on of a batch, so that all that is under way stays in `SHARED`."""
     parts = 1
     while parts < batch and AHEAD * workers * picture * -(-batch // parts) > SHARED:
         parts *= 2
@@ -111,19 +131,7 @@ def _pieces(order: Iterable[int], batch: int, piece: int) -> Iterator[list[int]]
         yield from (whole[start : start + piece] for start in range(0, len(whole), piece))
 
 
-def _joined(pieces: list[Piece]) -> Piece:
-    pixels = [found for found, _, _ in pieces if found is not None]
-    errors = [error for _, found, _ in pieces for error in found]
-    return torch.cat(pixels) if len(pixels) > 1 else next(iter(pixels), None), errors, sum(seconds for _, _, seconds in pieces)
-
-
-def _be_quiet(_: int) -> None:
-    """A worker whose parent was interrupted has nothing to report: the parent says it."""
-    sys.excepthook = lambda *_: None
-
-
-def _stack(items: list[tuple[np.ndarray | PipelineError, float]]) -> Piece:
-    """Pixels uint8 [k, 3, side, side] of the images that could be decoded, each image's error, and the seconds of decoding."""
-    pixels = [item for item, _ in items if isinstance(item, np.ndarray)]
-    errors = [item if isinstance(item, PipelineError) else None for item, _ in items]
-    return torch.from_numpy(np.stack(pixels)) if pixels else None, errors, sum(seconds for _, seconds in items)
+def _joined(pieces: list[Decoded]) -> Batch:
+    pixels = pieces[0].pixels if len(pieces) == 1 else np.concatenate([piece.pixels for piece in pieces])
+    errors = [error for piece in pieces for error in piece.errors]
+    return torch.from_numpy(pixels) if len(pixels) else None, errors, sum(piece.seconds for piece in pieces)

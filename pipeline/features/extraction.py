@@ -243,9 +243,10 @@ class FeatureStream:
                 asked = time.perf_counter()
 
     def close(self) -> None:
-        """End the progress bar, so that an error stands on a line of its own."""
+        """End the progress bar, so that an error stands on a line of its own, and the workers."""
         if isinstance(self._rows, Generator):
             self._rows.close()
+        self._loader.close()
 
     def report(self) -> None:
         """Say what an image cost, and when the encoder was kept waiting for decoded ones."""
