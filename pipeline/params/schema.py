@@ -55,9 +55,20 @@ def _weighted(value: Any) -> Any:
 
 Below = Annotated[str, AfterValidator(_below)]
 Format = Literal["auto", "jsonl", "json", "csv", "parquet", "arrow", "webdataset", "folder", "hub"]
-Columns = dict[Literal["turns", "images", "text"], str]
 Unplaced = Literal["refuse", "first"]
 Links = Literal["follow", "refuse"]
+
+
+class Columns(Section):
+    """Under which keys or columns rows keep their parts; "" = the usual ones. `ignore`: keys, or patterns, that say nothing."""
+
+    turns: str = ""
+    images: str = ""
+    text: str = ""
+    question: str = ""
+    answer: str = ""
+    system: str = ""
+    ignore: list[str] = Field(default_factory=list)
 
 
 class Part(Section):
@@ -81,7 +92,7 @@ class Dataset(Section):
     images: Annotated[str, Field(min_length=1)]
     mix: Annotated[dict[Below, Annotated[Part, BeforeValidator(_weighted)]], Field(min_length=1)] | None = None
     format: Format = "auto"
-    columns: Columns = Field(default_factory=dict)
+    columns: Columns = Field(default_factory=Columns)
     prompt: str = "<image>"
     unplaced: Unplaced = "refuse"
     links: Links = "follow"

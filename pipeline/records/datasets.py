@@ -60,12 +60,12 @@ def _matched(folder: str, pattern: str, links: str) -> list[str]:
 
 def _spec(dataset: Dataset, records: str | tuple[str, ...], part: Part, limit: int) -> SourceSpec:
     """What the part says, and where it says nothing what the data set says."""
-    within = dataset.images == dataset.records
+    within, columns = dataset.images == dataset.records, dataset.columns if part.columns is None else part.columns
     return SourceSpec(
         records,
         images=os.path.join(dataset.images, part.images) if part.images else "" if within else dataset.images,
         format=part.format or dataset.format,
-        columns=Columns(**(dataset.columns if part.columns is None else part.columns)),
+        columns=Columns(**{**columns.model_dump(), "ignore": tuple(columns.ignore)}),
         prompt=dataset.prompt if part.prompt is None else part.prompt,
         unplaced=part.unplaced or dataset.unplaced,
         limit=limit,

@@ -21,10 +21,14 @@ class ImageSlot:
 
 
 class Turn(NamedTuple):
-    """What one side says: `parts` are texts and the places of images; a system's and an assistant's are one text."""
+    """What one side says: `parts` are texts and the places of images; a system's and an assistant's are one text.
+
+    `trained`: whether an answer is supervised; one that is not is still read by the model.
+    """
 
     role: str
     parts: tuple[str | ImageSlot, ...]
+    trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,8 @@ def lay_out(conversations: Iterable[tuple[Sequence[Turn], Pattern]], image: byte
     numbers: dict[str, int] = {}  # a question asked of a thousand pictures is encoded once
     for turns, pattern in conversations:
         segments.append(pattern.first)
-        for turn, (behind, closing) in zip(turns, pattern.rest, strict=False):
+        for turn, (behind, ends) in zip(turns, pattern.rest, strict=False):
+            closing = ends if turn.trained else 0
             if closing:
                 found.answers.append(len(segments))
             for part in turn.parts:

@@ -8,8 +8,8 @@
 `conversation` has the spellings, `row` what a reader gives, `policy` what bad rows cost, `split` the held-out part.
 """
 
-from pipeline.records.formats.conversation import Columns
 from pipeline.records.formats.detect import FORMATS, detect
+from pipeline.records.formats.keys import Columns
 from pipeline.records.formats.policy import RowPolicy
 from pipeline.records.formats.row import BadRow
 from pipeline.records.formats.source import Mixture, Source, SourceSpec, open_source

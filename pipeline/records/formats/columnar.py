@@ -6,7 +6,7 @@ so every batch is validated in full before a value of it is looked at; a batch t
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -65,14 +65,14 @@ def _check_names(names: list[str], file: str) -> list[str]:
 
 
 class Parquet:
-    """A Parquet file, of which only the columns of `wanted` are read; a row's key is its number.
+    """A Parquet file, of which only the columns that are `wanted` are read; a row's key is its number.
 
     Row groups are streamed page by page, so one that holds the whole file costs no more memory than a small one. A single
     row can only be reached through the rows of its group before it: reading in order is fast, at random it is as fast as
     the groups are small (`python -m pipeline.records repack` makes them so).
     """
 
-    def __init__(self, file: str, wanted: frozenset[str]) -> None:
+    def __init__(self, file: str, wanted: Callable[[str], bool]) -> None:
         self.file, self._wanted = file, wanted
         self._open: tuple[int, pq.ParquetFile] | None = None
         self._place: tuple[int, Iterator[pa.RecordBatch], int, pa.RecordBatch | None] | None = None
@@ -100,7 +100,7 @@ class Parquet:
         return list(accumulate((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), initial=0))
 
     def _batches(self, group: int) -> Iterator[pa.RecordBatch]:
-        columns = [name for name in self._parquet().schema_arrow.names if name in self._wanted]
+        columns = [name for name in self._parquet().schema_arrow.names if self._wanted(name)]
         return self._parquet().iter_batches(batch_size=ROWS, row_groups=[group], columns=columns, use_threads=False)
 
     def rows(self) -> Iterator[Row | BadRow]:
@@ -139,12 +139,12 @@ class Parquet:
 
 
 class Arrow:
-    """An Arrow file or stream, memory-mapped; only the columns of `wanted` are looked at; a row's key is its number.
+    """An Arrow file or stream, memory-mapped; only the columns that are `wanted` are looked at; a row's key is its number.
 
     Any row is one look-up away: the offsets of the record batches are gathered once, from their headers alone.
     """
 
-    def __init__(self, file: str, wanted: frozenset[str]) -> None:
+    def __init__(self, file: str, wanted: Callable[[str], bool]) -> None:
         self.file, self._wanted = file, wanted
         self._open: tuple[int, pa.MemoryMappedFile, Any, list[int], list[int]] | None = None
         self._last: tuple[int, pa.RecordBatch] = -1, None  # a batch found sound: checking costs as much as it has rows
@@ -165,12 +165,12 @@ class Arrow:
             names, dictionaries = schema.names, [field.name for field in schema if pa.types.is_dictionary(field.type)]
         except _ERRORS as error:
             raise PipelineError(f"not a readable Arrow file: {brief(error)}", where=self.file) from None
-        if encoded := sorted(self._wanted.intersection(dictionaries)):
+        if encoded := sorted(filter(self._wanted, dictionaries)):
             raise PipelineError(f"column {encoded[0]} is dictionary-encoded", where=self.file, remedy="save it plain")
         return _check_names(names, self.file)
 
     def _pick(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        return batch.select([name for name in batch.schema.names if name in self._wanted])
+        return batch.select([name for name in batch.schema.names if self._wanted(name)])
 
     def rows(self) -> Iterator[Row | BadRow]:
         mapped, reader = self._start()

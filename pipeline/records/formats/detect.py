@@ -17,8 +17,8 @@ from pipeline.records.formats.row import Reader
 from pipeline.records.formats.table import Table, delimiter_of
 from pipeline.records.formats.tars import Tar
 
-# The reader of each format, made from a file, the columns that are wanted, and whether links are followed
-READERS: dict[str, Callable[[str, frozenset[str], bool], Reader]] = {
+# The reader of each format, made from a file, which columns are wanted, and whether links are followed
+READERS: dict[str, Callable[[str, Callable[[str], bool], bool], Reader]] = {
     "jsonl": lambda file, *_: JsonLines(file),
     "json": lambda file, *_: JsonArray(file),
     "csv": lambda file, *_: Table(file),

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from pipeline.core import PipelineError
-from pipeline.records.formats.conversation import TEXT_KEYS, TURN_KEYS
+from pipeline.records.formats.keys import QUESTION_KEYS, TEXT_KEYS, TURN_KEYS
 from pipeline.records.formats.lines import parse_object
 from pipeline.records.formats.pictures import listed
 from pipeline.records.formats.row import MAX_ROW, BadRow, Row
@@ -20,9 +20,9 @@ SIDECARS = ("txt", "json")
 
 def sidecar_content(text: str | None, row: dict[str, Any] | None) -> dict[str, Any]:
     """What a sample's .txt and .json say together, without its pictures."""
-    if row is not None and (text is None or any(row.get(key) for key in TURN_KEYS)):
+    if row is not None and (text is None or any(row.get(key) for key in (*TURN_KEYS, *QUESTION_KEYS))):
         return row
-    return {TEXT_KEYS[0]: text}
+    return {key: value for key, value in (row or {}).items() if key not in TEXT_KEYS} | {TEXT_KEYS[0]: text}
 
 
 class Folder:

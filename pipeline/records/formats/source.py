@@ -3,15 +3,16 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from pipeline.core import PipelineError, brief
-from pipeline.records.formats.conversation import USUAL, Columns, Reading, turns_and_pictures
+from pipeline.records.formats.conversation import USUAL, Reading, turns_and_pictures
 from pipeline.records.formats.detect import FORMATS, READERS, detect, expand, metadata_of, saved_files
 from pipeline.records.formats.hub import fetch
+from pipeline.records.formats.keys import Columns
 from pipeline.records.formats.pictures import Pictures, name_of
 from pipeline.records.formats.row import BadRow, Reader, Row
 from pipeline.records.images import ImageError
@@ -50,7 +51,7 @@ class SourceSpec:
     name: str = ""
 
 
-def _open(formats: dict[str, str], wanted: frozenset[str], follow: bool, file: str) -> Reader:
+def _open(formats: dict[str, str], wanted: Callable[[str], bool], follow: bool, file: str) -> Reader:
     return READERS[formats[file]](file, wanted, follow)
 
 
@@ -67,7 +68,7 @@ class Source:
         self.formats = _formats(spec)
         self._files = frozenset(self.formats)
         follow = spec.links == "follow"
-        opened = partial(_open, self.formats, spec.columns.wanted(), follow)
+        opened = partial(_open, self.formats, spec.columns.is_wanted, follow)
         self._readers = [opened(file) for file in self.formats]
         for reader in self._readers:
             try:

@@ -121,6 +121,7 @@ def _content(file: BinaryIO, sample: _Sample, *, read: bool) -> dict[str, Any]:
     """What a sample says; its pictures' bytes only when asked for."""
     pictures: list[tuple[int, Any]] = []
     texts: dict[str, str] = {}
+    others: dict[str, Any] = {}
     row = None
     for extension, offset, size in sample.members:
         found = _PICTURE.fullmatch(extension)
@@ -135,11 +136,13 @@ def _content(file: BinaryIO, sample: _Sample, *, read: bool) -> dict[str, Any]:
                 row = parse_object(text, where="")
             else:
                 texts[extension] = text.strip("\r\n")
+        else:
+            others[f".{extension}"] = UNREAD if size else b""
     if len(texts) > 1:
         raise PipelineError(f"has {', '.join(texts)}: which one counts?")
     if row is None and not texts:
         raise PipelineError("neither .json nor .txt: nothing to learn")
-    content = sidecar_content(next(iter(texts.values()), None), row)
+    content = sidecar_content(next(iter(texts.values()), None), row) | others
     if pictures:
         pictures.sort(key=lambda picture: picture[0])
         content = {**content, "image": None, "images": [picture for _, picture in pictures]}
