@@ -5,8 +5,7 @@ An image goes from bytes to pixels uint8 [3, side, side] in worker processes (`d
 
 Shards lie in a store that all experiments of a checkout share, linked into the stage's output, so an image whose features
 exist is never encoded again. The output depends on data and parameters only: images in order of first appearance, a fixed
-number to a shard, whatever was stored before. An image that cannot be decoded stops the run, or its row in the shard stays a
-hole: zeros under a hash of zeros, which no image has.
+number to a shard, whatever was stored before. An image that cannot be decoded stops the run, or has no row.
 """
 
 import shutil
@@ -34,7 +33,7 @@ from pipeline.core import (
 )
 from pipeline.features.decoding import DecodedImages, ImageFile, decoded_batches
 from pipeline.features.encoder.encoder import Encoder
-from pipeline.features.shard_plan import NewShard, ShardPlan, has_image, plan_shards
+from pipeline.features.shard_plan import NewShard, ShardPlan, holds, plan_shards
 from pipeline.features.store.shards import row_bytes, write_shard
 from pipeline.features.store.store import INDEX, ShardSet
 from pipeline.records import ImageError
@@ -105,10 +104,11 @@ def extract(
             _write(shard, plan.known, stream, encoder)
     stream.report()
     processes.wait()
+    found = [holds(path, hashes[start * shard_rows : (start + 1) * shard_rows]) for start, path in enumerate(plan.paths)]
     if processes.is_first:
-        _make_output(out, plan.paths, encoder.row_spec(), hashes, shard_rows)
+        _make_output(out, plan.paths, encoder.row_spec(), [int(rows.sum()) for rows in found])
     processes.wait()
-    return _summary(out, plan, images, stream)
+    return _summary(out, np.concatenate([np.ones(0, bool), *found]), plan, images, stream)
 
 
 def _write(shard: NewShard, known: ShardSet, stream: "FeatureStream", encoder: Encoder) -> None:
@@ -118,8 +118,7 @@ def _write(shard: NewShard, known: ShardSet, stream: "FeatureStream", encoder: E
     write_shard(shard.path, written, encoder.row_spec(), encoder.row_format, batches, notes=notes)
 
 
-def _summary(out: Path, plan: ShardPlan, images: DecodedImages, stream: "FeatureStream") -> Extraction:
-    good = np.concatenate([np.ones(0, bool), *(has_image(path) for path in plan.paths)])
+def _summary(out: Path, good: np.ndarray, plan: ShardPlan, images: DecodedImages, stream: "FeatureStream") -> Extraction:
     return Extraction(
         images=int(good.sum()),
         encoded=plan.encode - stream.skipped,
@@ -140,15 +139,15 @@ def _decoding_error(images: DecodedImages, item: int) -> PipelineError:
     return error
 
 
-def _make_output(out: Path, shards: list[Path], spec: dict[str, Any], hashes: np.ndarray, shard_rows: int) -> None:
-    """Link the shards that this data needs into the stage's output, with their list."""
+def _make_output(out: Path, shards: list[Path], spec: dict[str, Any], counts: list[int]) -> None:
+    """Link the shards that this data needs into the stage's output, with their list; `counts`: rows of each, 0 = no shard."""
+    kept = [(path, count) for path, count in zip(shards, counts, strict=True) if count]
     shutil.rmtree(out, ignore_errors=True)
     make_folder(out)
-    linked = [link_or_copy(path, out / path.name) for path in shards]
+    linked = [link_or_copy(path, out / path.name) for path, _ in kept]
     if not all(linked):
         print(f"extract: {shards[0].parent} and {out} cannot share files, so features take their space twice")
-    counts = [len(hashes[start : start + shard_rows]) for start in range(0, len(hashes), shard_rows)]
-    listed = [{"file": path.name, "rows": count} for path, count in zip(shards, counts, strict=True)]
+    listed = [{"file": path.name, "rows": count} for path, count in kept]
     write_json(out / INDEX, seal({"shards": listed, "spec": spec}))
 
 
@@ -175,7 +174,7 @@ def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Pa
 def _batches(stored: np.ndarray, known: ShardSet, stream: "FeatureStream", hashes: np.ndarray) -> Iterator[np.ndarray]:
     """A shard's rows in order, in batches of bounded size: row `stored[i]` of the known ones, or fresh where it is -1.
 
-    A fresh one that is bad becomes zeros, and so does its hash in `hashes` [rows, 32].
+    A fresh one that is bad has no row, and its hash in `hashes` [rows, 32] becomes zeros.
     """
     for start in range(0, len(stored), 256):
         numbers = stored[start : start + 256]
@@ -186,8 +185,9 @@ def _batches(stored: np.ndarray, known: ShardSet, stream: "FeatureStream", hashe
             row = next(stream)
             if row is None:
                 hashes[start + i] = 0
-            batch[i] = 0 if row is None else row
-        yield batch
+            else:
+                batch[i] = row
+        yield batch[hashes[start : start + 256].any(1)]
 
 
 class FeatureStream:

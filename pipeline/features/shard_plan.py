@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 
 from pipeline.core import fingerprint
 from pipeline.features.decoding import DecodedImages
 from pipeline.features.encoder.encoder import Encoder
 from pipeline.features.store.shards import Shard, shard_name
 from pipeline.features.store.store import ShardSet
-from pipeline.records import ImageError
+from pipeline.records import ImageError, as_arrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ def plan_shards(
     parts = [slice(start, start + shard_rows) for start in range(0, len(hashes), shard_rows)]
     names = [shard_name(fingerprint(encoder.row_spec()), hashes[part]) for part in parts]
     found = [
-        next((path for folder in folders if (path := folder / name).exists() and _holds(path, part, images, skip=skip)), None)
+        next((path for folder in folders if _can_be_taken(path := folder / name, part, hashes, images, skip=skip)), None)
         for name, part in zip(names, parts, strict=True)
     ]
     missing = [(name, part) for name, part, path in zip(names, parts, found, strict=True) if path is None]
@@ -56,14 +57,18 @@ def plan_shards(
     return ShardPlan([path or folders[0] / name for path, name in zip(found, names, strict=True)], todo, known)
 
 
-def has_image(path: Path) -> np.ndarray:
-    """For each row of a shard whether an image is in it: bool [rows]."""
-    return Shard(path).hashes.any(1)
+def holds(path: Path, hashes: np.ndarray) -> np.ndarray:
+    """For each image, hashes [n, 32], whether a shard has its row: bool [n]. Where all were bad there is no shard."""
+    if not path.exists():
+        return np.zeros(len(hashes), bool)
+    return pc.is_in(as_arrow(hashes), value_set=as_arrow(Shard(path).hashes)).to_numpy(zero_copy_only=False)
 
 
-def _holds(path: Path, part: slice, images: DecodedImages, *, skip: bool) -> bool:
-    """Whether a stored shard can be taken: every image is in it that can be decoded, and bad ones may be left out."""
-    for row in np.flatnonzero(~has_image(path)).tolist():
+def _can_be_taken(path: Path, part: slice, hashes: np.ndarray, images: DecodedImages, *, skip: bool) -> bool:
+    """Whether every image is in a stored shard that can be decoded, and nothing else; bad ones may be left out."""
+    if not path.exists() or not Shard(path).hashes.any(1).all():  # written by a version that left empty rows
+        return False
+    for row in np.flatnonzero(~holds(path, hashes[part])).tolist():
         error = images.error(part.start + row)
         if error is not None and not skip:
             raise error

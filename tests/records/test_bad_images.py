@@ -162,7 +162,7 @@ def broken(png: Png, tmp_path: Path) -> ImageRoot:
 NAMES = ["torn.jpg", "0.png", "1.png", "page.jpg", "bomb.png", "empty.png", "2.png", "3.png", "4.png", "page.jpg", "5.png"]
 
 
-def test_a_hole_that_can_be_decoded_after_all_is_filled(
+def test_a_picture_that_can_be_decoded_after_all_gets_its_row(
     broken: ImageRoot, encoders: dict[str, Encoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a newer decoder would read it: the shard in the store is made again, under the same name."""
@@ -177,7 +177,9 @@ def test_a_hole_that_can_be_decoded_after_all_is_filled(
     assert FeatureStore(tmp_path / "o").find(hashes).tolist() == [0, 1, 2, 3]
 
 
-def test_two_processes_leave_the_same_holes(broken: ImageRoot, encoders: dict[str, Encoder], tmp_path: Path) -> None:
+def test_two_processes_leave_out_the_same_pictures_and_no_row_is_without_one(
+    broken: ImageRoot, encoders: dict[str, Encoder], tmp_path: Path
+) -> None:
     files, hashes = distinct_images([(broken, NAMES)])
     barrier = Barrier(2)
 
@@ -193,6 +195,11 @@ def test_two_processes_leave_the_same_holes(broken: ImageRoot, encoders: dict[st
         assert list(pool.map(lambda rank: part(rank, 2, "both"), range(2))) == [alone, alone]
     read = {name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("alone", "both")}
     assert read["alone"] == read["both"]
+    store = FeatureStore(tmp_path / "alone")
+    assert len(store) == sum(alone[0])
+    assert all(shard.hashes.any(1).all() for shard in store.shards)
+    assert store.find(hashes[alone[0]]).tolist() == list(range(len(store)))
+    assert store.read(np.arange(len(store))).abs().sum((1, 2)).min() > 0
     assert alone[0] == [name not in BROKEN for name in dict.fromkeys(NAMES)]
 
 

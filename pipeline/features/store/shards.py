@@ -2,7 +2,7 @@
 
     /features      float16 [n, P, Dv]   contiguous, uncompressed: a row is one read at a known offset
                    or uint8 [n, bytes]  int8 codes with their scales (row_format.py), with /channel_mean, /channel_spread
-    /image_sha256  uint8   [n, 32]      whose row it is; zeros: nobody's, a hole where an image could not be decoded
+    /image_sha256  uint8   [n, 32]      whose row it is
     /row_xxh3      uint64  [n]          checksum of each row's bytes
     attributes     format, fingerprint, spec (JSON), library versions, relative_error (of rows, against float32)
     last 40 bytes  a seal behind HDF5's end of file: where the rows lie, and a checksum of every byte that is no row
@@ -17,6 +17,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -88,42 +89,78 @@ def write_shard(
     *,
     notes: dict[str, float] | None = None,
 ) -> None:
-    """Write batches [k, *rows.shape] that follow each other to n rows; the file appears when all are in.
+    """Write batches [k, *rows.shape] that follow each other to a row an image; the file appears when all are in.
 
+    An image whose hash is zeros when all batches have come turned out bad and has no row; where none is left there is no file.
     `notes` are numbers that a person may want to read in the file's attributes.
     Holds one batch in memory. Raises `PipelineError` when the disk is full (before the first row) or rows are missing.
     """
+    with suppress(_NoRowError), publish(path) as temporary:
+        done = _fill(temporary, path, hashes, spec, rows, batches, notes or {})
+        kept = hashes[hashes.any(1)]
+        if done != len(kept):
+            raise ValueError(f"{done} rows for {len(kept)} images")
+        if not done:
+            raise _NoRowError
+        if done < len(hashes):
+            with publish(temporary) as smaller:
+                _fill(smaller, path, kept, spec, rows, _blocks(temporary, done, rows), notes or {})
+
+
+class _NoRowError(Exception):
+    """All images of a shard are bad."""
+
+
+def _fill(
+    file: Path,
+    path: Path,
+    hashes: np.ndarray,
+    spec: dict[str, Any],
+    rows: RowFormat,
+    batches: Iterable[np.ndarray],
+    notes: dict[str, float],
+) -> int:
+    """Write what will be the shard `path` to `file`; returns the rows that came. With fewer than hashes it is not sealed."""
     size = row_bytes(rows)
-    with publish(path) as temporary:
-        try:
-            offsets = _header(temporary, hashes, spec, rows, notes or {})
-        except (OSError, RuntimeError) as error:  # which of them, depends on where in HDF5 the disk is full
-            reason = re.search("error message = '([^']+)'", str(error))
-            what = f"cannot be written: {reason[1] if reason else brief(error)}"
-            raise PipelineError(what, where=str(path), code=RESOURCE) from None
-        sums, done = np.empty(len(hashes), dtype="<u8"), 0
-        handle = os.open(temporary, os.O_WRONLY)
-        try:
+    try:
+        offsets = _header(file, hashes, spec, rows, notes)
+    except (OSError, RuntimeError) as error:  # which of them, depends on where in HDF5 the disk is full
+        reason = re.search("error message = '([^']+)'", str(error))
+        what = f"cannot be written: {reason[1] if reason else brief(error)}"
+        raise PipelineError(what, where=str(path), code=RESOURCE) from None
+    sums, done = np.empty(len(hashes), dtype="<u8"), 0
+    handle = os.open(file, os.O_WRONLY)
+    try:
+        with writing(path):
+            reserve(handle, max(offsets["features"] + size * len(hashes), os.fstat(handle).st_size), where=path)
+        for batch in batches:
+            if batch.dtype != rows.dtype or batch.shape[1:] != rows.shape:
+                raise ValueError(f"batch is {batch.dtype} {batch.shape}")
+            batch = np.ascontiguousarray(batch)
+            sums[done : done + len(batch)] = [xxhash.xxh3_64_intdigest(row.data) for row in batch]
             with writing(path):
-                reserve(handle, max(offsets["features"] + size * len(hashes), os.fstat(handle).st_size), where=path)
-            for batch in batches:
-                if batch.dtype != rows.dtype or batch.shape[1:] != rows.shape:
-                    raise ValueError(f"batch is {batch.dtype} {batch.shape}")
-                batch = np.ascontiguousarray(batch)
-                sums[done : done + len(batch)] = [xxhash.xxh3_64_intdigest(row.data) for row in batch]
-                with writing(path):
-                    _write_all(handle, batch.reshape(-1).view(np.uint8).data, offsets["features"] + size * done)
-                done += len(batch)
-            if done != len(hashes):
-                raise ValueError(f"{done} rows for {len(hashes)} images")
-            with writing(path):
-                for name, table in {"image_sha256": hashes, "row_xxh3": sums, **rows.constants}.items():
-                    _write_all(handle, memoryview(table.tobytes()), offsets[name])
-                place = struct.pack("<8sQQ", SEAL, offsets["features"], size * len(hashes))
-                _write_all(handle, memoryview(place + _digest(temporary, place)), os.fstat(handle).st_size)
-                set_mode(handle, 0o444, where=path)
-        finally:
-            os.close(handle)
+                _write_all(handle, batch.reshape(-1).view(np.uint8).data, offsets["features"] + size * done)
+            done += len(batch)
+        if done < len(hashes):
+            return done
+        with writing(path):
+            for name, table in {"image_sha256": hashes, "row_xxh3": sums, **rows.constants}.items():
+                _write_all(handle, memoryview(table.tobytes()), offsets[name])
+            place = struct.pack("<8sQQ", SEAL, offsets["features"], size * len(hashes))
+            _write_all(handle, memoryview(place + _digest(file, place)), os.fstat(handle).st_size)
+            set_mode(handle, 0o444, where=path)
+    finally:
+        os.close(handle)
+    return done
+
+
+def _blocks(file: Path, count: int, rows: RowFormat) -> Iterator[np.ndarray]:
+    """The first rows of a file that `_fill` has not sealed, a block at a time."""
+    with h5py.File(file, "r", locking=False) as opened:
+        offset = opened["features"].id.get_offset()
+    stored = np.memmap(file, rows.dtype, "r", offset, (count, *rows.shape))
+    for start in range(0, count, 256):
+        yield stored[start : start + 256]
 
 
 def _digest(path: Path, place: bytes) -> bytes:
