@@ -9,6 +9,7 @@ template looks into a text, that conversation is rendered by it (`marking`). A c
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -181,7 +182,9 @@ class PromptBuilder:
         for turns, segments in zip(conversations, self._scaffold.segments(conversations, odd, generate), strict=True):
             answering = [turn.role == "assistant" and not generate for turn in turns]
             scripts.append(self._whole.script(segments, self._scaffold.headers(turns, generate), answering, self._scaffold.lead))
-        return self._whole.encode(scripts, trim=trim)
+        return [
+            _as_trained(prompt, turns) for prompt, turns in zip(self._whole.encode(scripts, trim=trim), conversations, strict=True)
+        ]
 
     def _end_of_turn(self, after: Sequence[int]) -> int:
         """How many ids of the piece after an answer belong to it: up to and including its first control token."""
@@ -226,6 +229,14 @@ def template_faults(llm: LanguageModel) -> list[PipelineError]:
     except PipelineError as error:
         return [error]
     return []
+
+
+def _as_trained(prompt: Prompt, turns: Sequence[Turn]) -> Prompt:
+    """The prompt, supervised where its answers are to be trained on."""
+    trained = [turn.trained for turn in turns if turn.role == "assistant"]
+    if all(trained) or not prompt.spans:
+        return prompt
+    return replace(prompt, spans=tuple(span for span, wanted in zip(prompt.spans, trained, strict=True) if wanted))
 
 
 def _load_tokenizer(model: str, revision: str) -> PreTrainedTokenizerFast:

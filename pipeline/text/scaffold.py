@@ -116,7 +116,7 @@ class Scaffold:
         whole = self._whole
         found = set()
         for number, turns in enumerate(conversations):
-            for _, parts in turns:
+            for _, parts, _ in turns:
                 if len(parts) == 1:
                     (text,) = parts
                     if text in whole or (text.__class__ is str and text.strip() != text):  # type: ignore[union-attr]

@@ -88,6 +88,8 @@ class WholeEncoder:
         found.text, found.answers = "".join(pieces), sorted(places.values())
         if any(start < 0 for start, _ in found.answers):
             raise refused("its chat template leaves nothing of an answer")
+        if found.answers != list(places.values()):
+            raise refused("its chat template writes answers in another order")
         return found
 
     def encode(self, scripts: Sequence[Script], *, trim: bool) -> list[Prompt]:
