@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.core import ARTEFACT, PipelineError, run_command
+from pipeline.core import ARTEFACT, PipelineError, enter_project, run_command
 
 STAGES = ("extract", "tokenize", "pretrain", "sft")
 
@@ -19,7 +19,7 @@ def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
         path = folder / f"{stage}.json"
         try:
             found[stage] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise PipelineError("no figures yet", where=str(path), remedy="dvc repro", code=ARTEFACT) from None
     return found
 
@@ -47,6 +47,7 @@ def tables(found: dict[str, dict[str, Any]]) -> list[Table]:
 
 
 def main() -> None:
+    enter_project()
     console = Console(width=100)
     for table in tables(read_metrics(Path("metrics"))):
         console.print(table)

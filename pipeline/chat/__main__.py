@@ -19,7 +19,7 @@ import typer
 from pipeline.chat.interrupts import Interrupts, leaving_at_once
 from pipeline.chat.options import Device, MaxTokens, Model, Seed, Settings, Temperature, TopP, require_model
 from pipeline.chat.paths import find_pictures, read_picture, require_text
-from pipeline.core import exit_on_error, run_command
+from pipeline.core import exit_on_error, in_project, run_command
 
 
 def chat(
@@ -36,7 +36,7 @@ def chat(
     thumbnails: Annotated[bool, typer.Option(help="Small pictures in a terminal that shows colours.")] = True,
 ) -> None:
     """Talk about pictures with a trained model, or ask a question of a folder of them."""
-    settings = Settings(model, (max_tokens, temperature, top_p, seed), device, save, stats, thumbnails)
+    settings = Settings(in_project(model), (max_tokens, temperature, top_p, seed), device, save, stats, thumbnails)
     exit_on_error(lambda: _chat(picture or "", question or "", settings))
 
 

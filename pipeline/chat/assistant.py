@@ -12,7 +12,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from pipeline.chat.paths import OTHER, read_picture
-from pipeline.core import RESOURCE, PipelineError, merged_tokens
+from pipeline.core import RESOURCE, PipelineError, merged_tokens, named_by
 from pipeline.core.devices import autocast, pick_device, pick_precision
 from pipeline.features import Encoder
 from pipeline.records import ImageError, ImageSlot, Turn
@@ -69,7 +69,7 @@ class Assistant:
         self.precision = pick_precision("auto", self.device)
         vision = manifest.vision
         self.encoder = Encoder(
-            vision["model"],
+            named_by(folder, vision["model"]),
             revision=vision["revision"],
             layer=vision["layer"],
             precision="auto" if vision["spec"]["precision"] == "float16" else vision["spec"]["precision"],
@@ -84,7 +84,7 @@ class Assistant:
                 f"{vision['model']} has changed since training ({differ[0]})", where=str(folder), remedy="dvc repro"
             )
         self.model = checkpoint.load(folder)[0].eval().to(self.device)
-        llm = str(folder) if manifest.own_llm else manifest.llm["model"]
+        llm = str(folder) if manifest.own_llm else named_by(folder, manifest.llm["model"])
         revision = "" if manifest.own_llm else manifest.llm["revision"]
         image_token = manifest.llm["image_token"]
         tokens = merged_tokens(self.encoder.tokens, manifest.merging[1])

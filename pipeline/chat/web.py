@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.chat.options import Device, MaxTokens, Model, Seed, Temperature, TopP, require_model
-from pipeline.core import PipelineError, exit_on_error
+from pipeline.core import PipelineError, exit_on_error, in_project
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ def serve(
 
 
 def _serve(model: Path, port: int, drawn: tuple[int, float, float, int], device: str) -> None:
+    model = in_project(model)
     require_model(model)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:

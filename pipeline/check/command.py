@@ -1,7 +1,9 @@
 """The command `python -m pipeline.check`: data sets opened, surveyed one after the other, told and judged."""
 
+import glob
+import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +17,7 @@ from pipeline.check.facts import Model, cost
 from pipeline.check.page import write_page
 from pipeline.check.survey import Report, Settings, Subject, survey
 from pipeline.check.terminal import clean, open_console, show
-from pipeline.core import BAD_ROWS, PipelineError, exit_on_error, make_folder, merged_tokens, quiet_libraries
+from pipeline.core import BAD_ROWS, PipelineError, enter_project, exit_on_error, make_folder, merged_tokens, quiet_libraries
 from pipeline.params import Dataset, Params, load
 from pipeline.records import Source, SourceSpec, no_pictures, open_dataset
 from pipeline.text import PromptBuilder
@@ -43,8 +45,19 @@ def check(
 
     Exit code 0: sound. 3: there are bad rows (the first ten are listed). Others: the check could not be made.
     """
-    asked = Asked(data or [], images, format, limit, html, headers_only)
-    exit_on_error(lambda: _check(asked, load(params)))
+    exit_on_error(lambda: _from_here(Asked(data or [], images, format, limit, html, headers_only), params))
+
+
+def _from_here(asked: "Asked", params: Path) -> None:
+    """With every path of the command line as it is meant from the project's root."""
+    here = os.getcwd()
+    names = [*asked.data, asked.images] if asked.images else asked.data
+    params, *found = enter_project(reads=[params, *map(Path, names)], writes=[asked.html] if asked.html else [])
+    moved = [str(path) if path.is_absolute() else name for path, name in zip(found, names, strict=False)]
+    moved = [os.path.join(here, name) if glob.has_magic(name) and glob.glob(name, root_dir=here) else name for name in moved]
+    images = moved.pop() if asked.images else ""
+    html = found[-1] if asked.html else None
+    _check(replace(asked, data=moved, images=images, html=html), load(params))
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from pipeline.core.frame import LAUNCHED, as_line, debugging, exit_on_error, run
 from pipeline.core.grid import merged_tokens
 from pipeline.core.prefetch import patience, prefetch
 from pipeline.core.processes import SAFE_FORK, die_with_parent, end_process, fork_process
+from pipeline.core.project import enter_project, in_project, named_by
 from pipeline.core.quiet import quiet_libraries
 
 __all__ = [
@@ -53,16 +54,19 @@ __all__ = [
     "debugging",
     "die_with_parent",
     "end_process",
+    "enter_project",
     "exit_on_error",
     "file_digests",
     "final_name",
     "fingerprint",
     "fork_process",
+    "in_project",
     "is_signed",
     "link_or_copy",
     "main_checkout",
     "make_folder",
     "merged_tokens",
+    "named_by",
     "patience",
     "prefetch",
     "publish",

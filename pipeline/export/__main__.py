@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.core import ARTEFACT, PipelineError, exit_on_error, run_command
+from pipeline.core import ARTEFACT, PipelineError, enter_project, exit_on_error, run_command
 from pipeline.export.marker import check_target
 
 
@@ -29,7 +29,11 @@ def export(
     push_to_hub: Annotated[str | None, typer.Option(help="Upload to this repository, OWNER/NAME, when it is proven.")] = None,
 ) -> None:
     """A trained model as a folder that other software reads, proven on held-out rows before it is called done."""
-    exit_on_error(lambda: _export(model, out, gguf=gguf, dtype=dtype.value, rows=rows, repository=push_to_hub))
+    exit_on_error(
+        lambda: _export(
+            *enter_project(reads=[model], writes=[out]), gguf=gguf, dtype=dtype.value, rows=rows, repository=push_to_hub
+        )
+    )
 
 
 def restore(

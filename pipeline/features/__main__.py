@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pipeline.core import ARTEFACT, PipelineError, exit_on_error, run_command, unseal
+from pipeline.core import ARTEFACT, PipelineError, enter_project, exit_on_error, run_command, unseal
 from pipeline.features.store.shards import Shard
 from pipeline.features.store.store import INDEX, FeatureStore
 from pipeline.params import load
@@ -30,13 +30,13 @@ DEFAULT = Path("data/features")
 @app.command()
 def info(folder: Folder = DEFAULT) -> None:
     """What the store holds and which encoder made it."""
-    exit_on_error(lambda: _info(folder))
+    exit_on_error(lambda: _info(*enter_project(reads=[folder])))
 
 
 @app.command()
 def verify(folder: Folder = DEFAULT) -> None:
     """Read every byte: seals, checksums, finite values. Bad rows are listed by image; exit code 4 when there are any."""
-    exit_on_error(lambda: _verify(folder))
+    exit_on_error(lambda: _verify(*enter_project(reads=[folder])))
 
 
 @app.command()
@@ -46,7 +46,12 @@ def show(
     count: Annotated[int, typer.Option(min=1, max=64, help="Images to show.")] = 12,
 ) -> None:
     """A contact sheet: images beside their patch features, whose three main directions are drawn as red, green, blue."""
-    exit_on_error(lambda: _show(folder, out, count))
+
+    def work() -> None:
+        read, written = enter_project(reads=[folder], writes=[out])
+        _show(read, written, count)
+
+    exit_on_error(work)
 
 
 def _info(folder: Path) -> None:

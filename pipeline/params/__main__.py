@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from pipeline.core import run_command
+from pipeline.core import enter_project, run_command
 from pipeline.params.reading import check, override, read_yaml
 from pipeline.params.schema import (
     keys_of,
@@ -11,6 +11,7 @@ from pipeline.params.schema import (
 
 
 def main() -> None:
+    enter_project()
     content = read_yaml(Path("params.yaml"))
     override(content, sys.argv[1:])
     check(content, where="params.yaml")

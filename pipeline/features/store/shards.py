@@ -259,6 +259,14 @@ class Shard:
         if xxhash.xxh3_64_intdigest(stored.data) != int(self._sums[row]):
             raise self._damaged(f"row {row} (image {self.hashes[row].tobytes().hex()[:16]}…) fails its checksum")
 
+    @property
+    def stored(self) -> np.ndarray:
+        """All rows [n, *rows.shape]: mapped, or read where the file system maps none."""
+        if self._map is None:
+            return self._block(0, len(self))
+        shape, dtype = self.row_format.shape, self.row_format.dtype
+        return np.frombuffer(self._map, dtype, len(self) * int(np.prod(shape)), self.offset).reshape(-1, *shape)
+
     def _block(self, start: int, count: int) -> np.ndarray:
         shape, dtype = self.row_format.shape, self.row_format.dtype
         count, start = count * int(np.prod(shape)), self.offset + start * self._bytes

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline.core import ARTEFACT, PipelineError, brief, is_signed, publish_folder, set_mode, verify, writing
+from pipeline.core import ARTEFACT, PipelineError, brief, is_signed, named_by, publish_folder, set_mode, verify, writing
 from pipeline.text import PromptBuilder
 from pipeline.vlm.model.language_model import language_model_files, load_language_model
 from pipeline.vlm.model.projector import build_projector
@@ -87,11 +87,30 @@ def read_manifest(folder: str | Path) -> Manifest:
             raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
         if content["format"] == FORMAT and not is_signed(path.parent):
             verify(path.parent, remedy=_remedy(path.parent))
+        _require_types(content)
         return Manifest(content["vision"], content["llm"], content["projector"], content["own_llm"])
     except FileNotFoundError:
         raise PipelineError("no model here", where=str(folder), remedy="dvc repro", code=ARTEFACT) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PipelineError(f"not a model: {brief(error)}", where=str(path), remedy="dvc repro -f", code=ARTEFACT) from None
+
+
+_TYPES: dict[str, dict[str, Any]] = {
+    "vision": {"model": str, "revision": str, "layer": int, "spec": dict},
+    "llm": {"model": str, "revision": str, "image_token": str},
+    "projector": {"kind": str, "width": int, "hidden": int},
+}
+LARGEST = 1 << 20  # width of an encoder or a language model
+
+
+def _require_types(content: dict[str, Any]) -> None:
+    """Raises ValueError or KeyError for a manifest that no `save` has written."""
+    for part, keys in _TYPES.items():
+        for key, kind in keys.items():
+            value: Any = content[part][key]
+            if type(value) is not kind or (kind is int and key != "layer" and not 0 < value <= LARGEST):
+                raise ValueError(f"{part}.{key} is {value!r:.40}, expected {kind.__name__}")
+    content["vision"]["spec"]["precision"]
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[VisionLanguageModel, Manifest]:
@@ -116,13 +135,15 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Vis
         language_model = load_language_model(str(folder), dtype=dtype, verified=True)
     else:
         _require_same_files(folder, manifest)
-        language_model = load_language_model(manifest.llm["model"], revision=manifest.llm["revision"], dtype=dtype)
+        language_model = load_language_model(
+            named_by(folder, manifest.llm["model"]), revision=manifest.llm["revision"], dtype=dtype
+        )
     return VisionLanguageModel(projector, language_model), manifest
 
 
 def _require_same_files(folder: str | Path, manifest: Manifest) -> None:
     """Raises `PipelineError` naming a file of the frozen language model that is another than in training."""
-    model, trained = manifest.llm["model"], manifest.llm.get("files", {})
+    model, trained = named_by(folder, manifest.llm["model"]), manifest.llm.get("files", {})
     found = language_model_files(model, revision=manifest.llm["revision"]) if trained else {}
     for name in sorted(trained.keys() | found.keys()):
         if trained.get(name) != found.get(name):
