@@ -1,6 +1,7 @@
 """Rows in the layouts that other projects publish, as their own data sets have them, read without configuration."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,11 @@ def test_columns_choose_where_a_row_leaves_a_choice(tmp_path: Path, images: Path
     assert read(preferred, Columns(answer="chosen", ignore=("rejected",))) == talk((0, "\nWhat?"), "A.")
     science = {"image": "a.png", "problem": "What?", "solution": "A.", "hint": "x"}
     assert read(science, Columns(question="problem", answer="solution", ignore=("hint",))) == talk((0, "\nWhat?"), "A.")
+
+
+def test_every_example_of_the_page_is_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "your-data.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^\| [^|]+ \| `(\{.*?\})` \|", page, re.MULTILINE)
+    assert len(examples) >= 14
+    (tmp_path / "rows.jsonl").write_text("\n".join(examples))
+    assert [row.line() for row in drain(SourceSpec(str(tmp_path / "rows.jsonl"))) if isinstance(row, BadRow)] == []
