@@ -170,7 +170,10 @@ def _open_standard_streams() -> None:
         plain.flush()
         at_once = plain.line_buffering or plain.write_through
         buffer = io.BufferedWriter(_Output(1, "w", closefd=False))
-        sys.stdout = io.TextIOWrapper(buffer, plain.encoding, plain.errors, line_buffering=at_once)
+        sys.stdout = io.TextIOWrapper(buffer, plain.encoding, "backslashreplace", line_buffering=at_once)
+    for stream in (sys.stderr, sys.stdin):
+        if isinstance(stream, io.TextIOWrapper):  # a name that no terminal can show ends nothing, nor do bytes that are no text
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
 
 
 def _end_helpers(before: set[threading.Thread], code: int) -> None:

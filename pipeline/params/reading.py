@@ -14,13 +14,25 @@ from pipeline.params.schema import (
     keys_of,
 )
 
+MAX_BYTES, MAX_NODES = 1 << 16, 20_000
+MAX_BRACKETS = 1000  # the parser takes time by the square of how deep they stand
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file whose top is a mapping; raises `PipelineError` naming file, line and column."""
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise PipelineError(f"more than {MAX_BYTES:,} bytes, which no file of parameters needs", where=str(path))
+        content = parse(data.decode("utf-8-sig"))
     except FileNotFoundError:
         raise PipelineError("not found", where=str(path), remedy="run from the project's root folder") from None
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8 at byte {error.start:,}"
+        raise PipelineError(what, where=str(path), remedy="save it as UTF-8") from None
+    except OSError as error:
+        raise PipelineError(f"cannot be read: {error.strerror or brief(error)}", where=str(path)) from None
     except (YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         spot = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -28,6 +40,43 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PipelineError("expected sections of keys", where=str(path))
     return content
+
+
+def parse(text: str) -> Any:
+    """The content of a YAML text, whose aliases may not make more of it than `MAX_NODES` values; raises YAMLError or ValueError."""
+    if text.count("[") + text.count("{") > MAX_BRACKETS:
+        raise ValueError(f"more than {MAX_BRACKETS:,} brackets")
+    _count(YAML(typ="safe", pure=True).compose(text), {})
+    content = YAML(typ="safe", pure=True).load(text)
+    _require_text(content, "")
+    return content
+
+
+def _count(node: Any, known: dict[int, int]) -> int:
+    """How many values a node is when every alias is written out."""
+    if (found := known.get(id(node))) is not None:
+        if not found:
+            raise ValueError("an alias within what it stands for")
+        return found
+    known[id(node)] = 0
+    parts = node.value if isinstance(getattr(node, "value", None), list) else []
+    known[id(node)] = 1 + sum(_count(part, known) for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,)))
+    if known[id(node)] > MAX_NODES:
+        raise ValueError(f"more than {MAX_NODES:,} values, its aliases written out")
+    return known[id(node)]
+
+
+def _require_text(content: Any, key: str) -> None:
+    """Raises ValueError for a text that no file and no tokenizer takes: with a NUL or half a surrogate pair in it."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            _require_text(name, key)
+            _require_text(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(content, list):
+        for value in content:
+            _require_text(value, key)
+    elif isinstance(content, str) and ("\0" in content or content.encode("utf-8", "replace").decode() != content):
+        raise ValueError(f"{key}: {content!r:.60} is no text")
 
 
 def check(content: dict[str, Any], *, where: str) -> Params:
@@ -59,7 +108,12 @@ def _explain(error: ValidationError, where: str) -> PipelineError:
     if problem["type"] == "missing":
         return PipelineError(f"key {key} is missing{more}", where=where, remedy="every key must be given")
     message = problem["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
-    return PipelineError(f"{key}: {message}, got {problem['input']!r}{more}", where=where)
+    return PipelineError(f"{key}: {message}, got {_shown(problem['input'])}{more}", where=where)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _nearest(key: str) -> str:
@@ -88,6 +142,6 @@ def override(content: dict[str, Any], assignments: list[str]) -> None:
             if not isinstance(target, dict):
                 raise PipelineError(f"{section} is no section", where="command line")
         try:
-            target[name] = YAML(typ="safe", pure=True).load(value)
+            target[name] = parse(value)
         except (YAMLError, ValueError, RecursionError) as error:
             raise PipelineError(f"{key}: {brief(getattr(error, 'problem', None) or error)}", where="command line") from None
