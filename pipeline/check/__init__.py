@@ -6,3 +6,22 @@ lengths     rows as the language model will see them: token counts, what is cut 
 costs       features on disk and extraction time
 terminal    a report for the terminal; `page` one HTML file of all reports
 """
+
+from pipeline.check.command import extraction_cost, load_builder
+from pipeline.check.costs import context_of
+from pipeline.check.facts import Model
+from pipeline.check.survey import Report, Settings, Subject, survey
+from pipeline.check.terminal import open_console, show
+
+__all__ = [
+    "Model",
+    "Report",
+    "Settings",
+    "Subject",
+    "context_of",
+    "extraction_cost",
+    "load_builder",
+    "open_console",
+    "show",
+    "survey",
+]

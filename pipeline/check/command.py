@@ -78,7 +78,7 @@ def _check(asked: Asked, params: Params) -> None:
     if asked.html:
         _require_page(asked.html)
     subjects = open_all(asked, params)  # all of them first: a misspelt name ends it before an hour of reading
-    shape, builder, problem = _load_builder(params)
+    shape, builder, problem = load_builder(params)
     settings = Settings(builder, params.tokenize, not asked.headers_only, EXAMPLES if asked.html else 0)
     model = Model(params.tokenize, shape, context_of(params.llm), problem, params.projector.factor)
     console, reports = open_console(), []
@@ -86,7 +86,7 @@ def _check(asked: Asked, params: Params) -> None:
         with tqdm(desc=f"check {clean(subject.title)}", unit="row", mininterval=0.5, leave=False, disable=None) as bar:
             reports.append(survey(subject, settings, bar.update))
         show(console, reports[-1], model)
-    total = _total(reports, params, shape, of_params=not asked.data)
+    total = extraction_cost(reports, params, shape, of_params=not asked.data)
     dealt = params.data.heldout.share  # by content: then no picture is on both sides
     shared = _shared(reports) if not asked.data and not dealt else 0
     if not asked.data and dealt:
@@ -134,7 +134,7 @@ def _changed(dataset: Dataset, asked: Asked) -> Dataset:
     return dataset.model_copy(update=changes | ({"format": asked.format} if asked.format != "auto" else {}))
 
 
-def _load_builder(params: Params) -> tuple[Shape | None, PromptBuilder | None, str]:
+def load_builder(params: Params) -> tuple[Shape | None, PromptBuilder | None, str]:
     """The encoder's shape and the prompt builder; without one of them why."""
     shape = None
     try:
@@ -147,7 +147,7 @@ def _load_builder(params: Params) -> tuple[Shape | None, PromptBuilder | None, s
     return shape, builder, ""
 
 
-def _total(reports: list[Report], params: Params, shape: Shape | None, *, of_params: bool) -> str:
+def extraction_cost(reports: list[Report], params: Params, shape: Shape | None, *, of_params: bool) -> str:
     """What extraction will cost."""
     read = [report for report in reports if not of_params or report.subject.title.removeprefix("data.") in EXTRACTED]
     contents = np.unique(np.concatenate([report.pictures.contents.sorted() for report in read]))

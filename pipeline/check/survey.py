@@ -54,6 +54,7 @@ class Report:
     without_pictures: int = 0
     with_one: int = 0
     with_several: int = 0
+    asking: int = 0  # rows whose user says something; the rest are captions
     pictures: PictureCounts = field(default_factory=PictureCounts)
     lengths: LengthCounts = field(default_factory=LengthCounts)
     examples: list[Example] = field(default_factory=list)
@@ -78,6 +79,8 @@ class Report:
     def _count(self, record: Record) -> None:
         self.roles.update(turn.role for turn in record.turns)
         self.slots += sum(isinstance(part, ImageSlot) for turn in record.turns for part in turn.parts)
+        said = (part for turn in record.turns if turn.role == "user" for part in turn.parts if isinstance(part, str))
+        self.asking += any(part.strip() for part in said)
         shown = len(record.images)
         self.without_pictures += not shown
         self.with_one += shown == 1

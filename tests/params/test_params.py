@@ -251,13 +251,15 @@ def test_the_command_checks_a_change_in_one_line(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["params", assignment])
     with pytest.raises(SystemExit) as caught:
-        params_module.run_command(params_module.main)
+        params_module.run_command(params_module.app)
     shown = capsys.readouterr()
     assert caught.value.code == 2
     assert said in shown.err
     assert len(shown.err.splitlines()) == 1
     monkeypatch.setattr(sys, "argv", ["params", "pretrain.lr=1e-4"])
-    params_module.main()
+    with pytest.raises(SystemExit) as caught:
+        params_module.run_command(params_module.app)
+    assert caught.value.code == 0
     assert "all valid" in capsys.readouterr().out
 
 

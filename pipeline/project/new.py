@@ -1,0 +1,96 @@
+"""`glance new PICTURES`: a folder of pictures with captions or conversations -> params.yaml, and the three commands to run next."""
+
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from tqdm import tqdm
+
+from pipeline.check import Model, Report, Settings, Subject, context_of, extraction_cost, load_builder, open_console, show, survey
+from pipeline.core import PipelineError, exit_on_error, quiet_libraries, run_command
+from pipeline.params import Params, check
+from pipeline.project.files import Files, propose
+from pipeline.project.plan import Plan, find_records, make_plan
+from pipeline.project.use import take
+from pipeline.records import Source, SourceSpec
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def new(
+    pictures: Annotated[Path, typer.Argument(help="Folder or zip of your pictures, or a file that holds rows and pictures.")],
+    records: Annotated[
+        list[Path] | None,
+        typer.Option(help="File or folder of captions or conversations; twice for both. Without: found beside the pictures."),
+    ] = None,
+    language_model: Annotated[
+        str | None,
+        typer.Option(help="As `glance use` takes it: smollm2-135m, a hub id or a folder. Without: what params.yaml names."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written.")] = False,
+) -> None:
+    """Set the project up for your own pictures: finds what the data are, writes params.yaml, says why and what comes next.
+
+    The models stay those of params.yaml unless --language-model names others. Nothing is copied: DVC watches your files in place.
+    """
+    exit_on_error(lambda: _new(pictures, records or [], language_model, yes=yes, dry_run=dry_run))
+
+
+def _new(pictures: Path, given: list[Path], language_model: str | None, *, yes: bool, dry_run: bool) -> None:
+    quiet_libraries()
+    warnings.simplefilter("ignore")  # Pillow's, about EXIF and sizes
+    console, files, found = open_console(), Files(), find_records(pictures, given)
+    if language_model is not None:
+        console.print(take(files, language_model), soft_wrap=True)
+    params = check(files.plain_params(), where="params.yaml")
+    reports, model = _survey(found, pictures, params)
+    for report in reports:
+        show(console, report, model)
+    plan = make_plan(reports, pictures, {name: files.params[name] for name in ("pretrain", "sft")})
+    for section, values in plan.sections.items():
+        files.change(section, values)
+    for name in ("pretrain", "sft", "heldout"):
+        files.forget(f"data.{name}", set(plan.sections[f"data.{name}"]))
+    console.print()
+    for reason in plan.reasons:
+        console.print(f"- {reason}", soft_wrap=True, highlight=False)
+    console.print()
+    if propose(files, console, yes=yes, dry_run=dry_run):
+        _tell_next(console, reports, plan, params, model, pictures)
+
+
+def _survey(found: list[Path], pictures: Path, params: Params) -> tuple[list[Report], Model]:
+    shape, builder, problem = load_builder(params)
+    settings = Settings(builder, params.tokenize, True, 0)
+    reports = []
+    for path in found:
+        images = "" if path == pictures else str(pictures)
+        subject = Subject(str(path), str(path), images, Source(SourceSpec(str(path), images=images)))
+        with tqdm(desc=f"reading {path.name}", unit="row", mininterval=0.5, leave=False, disable=None) as bar:
+            reports.append(survey(subject, settings, bar.update))
+    return reports, Model(params.tokenize, shape, context_of(params.llm), problem, params.projector.factor)
+
+
+def _tell_next(console: Console, reports: list[Report], plan: Plan, params: Params, model: Model, pictures: Path) -> None:
+    """What it will cost, and the commands."""
+    with suppress(PipelineError):
+        console.print(extraction_cost(reports, params, model.shape, of_params=False), soft_wrap=True, highlight=False)
+    steps = ", ".join(f"{name} {count:,}" for name, count in plan.steps.items())
+    console.print(f"optimiser steps: {steps}\n", highlight=False)
+    shown = next((path for path in sorted(pictures.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")), None)
+    question = '"Describe the picture."'
+    for command, what in (
+        ("glance check", "every row and picture, before any work"),
+        ("dvc repro", "extract, tokenize, pretrain, sft"),
+        (f"glance chat {shown or 'PICTURE'} {question}", "an answer of your model"),
+    ):
+        console.print(f"  {command:<60} {what}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_command(app)

@@ -1,0 +1,117 @@
+"""What a user's rows and pictures make of params.yaml, with the reason of each decision."""
+
+import os
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from pipeline.check import Report
+from pipeline.core import PipelineError
+
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+ENOUGH = 1_000  # held-out pictures that say what there is to say
+LEAST = 20  # held-out pictures below which a figure says little
+STEPS = 60  # optimiser steps below which a small data set is gone through more often
+MOST_EPOCHS = 20
+
+
+@dataclass(slots=True)
+class Plan:
+    """Values for sections of params.yaml, and why."""
+
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    steps: dict[str, int] = field(default_factory=dict)
+
+
+def find_records(pictures: Path, given: list[Path]) -> list[Path]:
+    """The rows: what was given, else the one table within the folder of pictures, else the folder itself."""
+    for path in [*given, pictures]:
+        if not path.exists():
+            raise PipelineError("no such file or folder", where=str(path), remedy="give the folder of your pictures, and --records")
+    if given:
+        return given
+    if pictures.is_file():
+        return [pictures]
+    tables = sorted(path for path in pictures.iterdir() if path.suffix.lower() in TABLES and path.is_file())
+    if len(tables) > 1:
+        names = ", ".join(path.name for path in tables)
+        raise PipelineError(f"holds several tables: {names}", where=str(pictures), remedy="name those to take with --records")
+    return tables or [pictures]
+
+
+def in_params(path: Path) -> str:
+    """A path within the project as it is from there, another one absolute: a queued experiment runs in another folder."""
+    real, root = os.path.abspath(path), os.getcwd()
+    return os.path.relpath(real, root) if os.path.commonpath([real, root]) == root else real
+
+
+def make_plan(reports: list[Report], pictures: Path, trainings: dict[str, Any]) -> Plan:
+    """Data sections, epochs and batch sizes for one or two files of rows.
+
+    Captions go to pretrain and conversations to sft where there are both; of one kind alone, both stages take all rows.
+
+    Args:
+        trainings: the sections `pretrain` and `sft` of params.yaml as they are.
+
+    Raises `PipelineError` for files that hold no good row, and for more of a kind than one.
+    """
+    plan = Plan()
+    captions = [report for report in reports if not report.asking]
+    talks = [report for report in reports if report.asking]
+    for kind, found in (("captions", captions), ("conversations", talks)):
+        if len(found) > 1:
+            names = " and ".join(report.subject.records for report in found)
+            remedy = "put them in one folder and name that, or use data.X.mix (docs/your-data.md)"
+            raise PipelineError(f"{names} both hold {kind}", where="--records", remedy=remedy)
+    for report in reports:
+        if not report.good:
+            raise PipelineError("no row can be used", where=report.subject.records, remedy=f"glance check {report.subject.records}")
+    first, second = (captions or talks)[0], (talks or captions)[0]
+    for name, report in (("pretrain", first), ("sft", second), ("heldout", second)):
+        plan.sections[f"data.{name}"] = {"records": in_params(Path(report.subject.records)), "images": in_params(pictures)}
+    plan.reasons.append(_why_rows(first, second))
+    if not second.asking:  # a model that is asked needs a question to have learnt from
+        plan.sections["data.sft"]["prompt"] = plan.sections["data.heldout"]["prompt"] = "<image>\nDescribe the picture."
+        plan.reasons.append('sft asks "Describe the picture." of every caption, so that the model can be asked')
+    share = _share(plan, len(second.pictures.contents), second.good)
+    plan.sections["data.heldout"]["share"] = share
+    if bad := sum(report.bad.count for report in reports):
+        plan.sections["data"] = {"on_error": "skip", "max_bad_share": round(min(1.0, 1.5 * bad / sum(r.rows for r in reports)), 3)}
+        plan.reasons.append(f"{bad:,} rows cannot be used: data.on_error is skip, which lists them in data/tokens")
+    for name, report in (("pretrain", first), ("sft", second)):
+        _plan_training(plan, name, report, share, trainings[name])
+    return plan
+
+
+def _why_rows(first: Report, second: Report) -> str:
+    if first is not second:
+        return "captions train the projector (data.pretrain), conversations the whole model (data.sft)"
+    kind = "conversations" if first.asking else "captions"
+    return f"there are only {kind}, so both stages train on them: first the projector alone, then the whole model"
+
+
+def _share(plan: Plan, pictures: int, rows: int) -> float:
+    """How many pictures to hold out: a fifth of few, at most about a thousand."""
+    basis = pictures or rows
+    share = 0.2 if basis < 10 * LEAST else max(0.01, round(min(0.1, ENOUGH / basis), 3))
+    plan.reasons.append(
+        f"about {round(basis * share):,} of {basis:,} pictures are held out (share {share:g}): nobody trains on them"
+    )
+    if basis * share < LEAST:
+        plan.reasons.append(
+            f"fewer than {LEAST} held-out pictures say little about a model: collect more before you trust a figure"
+        )
+    return share
+
+
+def _plan_training(plan: Plan, name: str, report: Report, share: float, training: Any) -> None:
+    """Smaller batches and more epochs where there are few rows; what is there for many stays."""
+    rows, batch, epochs = max(1, round(report.good * (1 - share))), int(training["batch_size"]), int(training["epochs"])
+    if ceil(rows / batch) * epochs < STEPS:
+        batch = max(4, min(batch, rows // 8))
+        epochs = min(MOST_EPOCHS, max(epochs, ceil(STEPS / ceil(rows / batch))))
+        plan.sections[name] = {"batch_size": batch, "epochs": epochs}
+        plan.reasons.append(f"{name}: {rows:,} rows are few, so {epochs} times over in batches of {batch}")
+    plan.steps[name] = ceil(rows / batch) * epochs
