@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.core import exit_on_error, run_command
+from pipeline.core import enter_project, exit_on_error, run_command
 from pipeline.params.reading import check, override, read_yaml
 from pipeline.params.schema import keys_of
 
@@ -21,6 +21,7 @@ def params(
 
 
 def _check(changes: list[str]) -> None:
+    enter_project()
     content = read_yaml(Path("params.yaml"))
     override(content, changes)
     check(content, where="params.yaml")

@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,6 +92,12 @@ def _yaml() -> YAML:
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 4096
     return yaml
+
+
+def in_params(path: Path) -> str:
+    """A path within the project as it is from there, another one absolute: a queued experiment runs in another folder."""
+    real, root = os.path.abspath(path), os.getcwd()
+    return os.path.relpath(real, root) if os.path.commonpath([real, root]) == root else real
 
 
 def propose(files: Files, console: Console, *, yes: bool, dry_run: bool) -> bool:

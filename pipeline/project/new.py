@@ -10,7 +10,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from pipeline.check import Model, Report, Settings, Subject, context_of, extraction_cost, load_builder, open_console, show, survey
-from pipeline.core import PipelineError, exit_on_error, quiet_libraries, run_command
+from pipeline.core import PipelineError, enter_project, exit_on_error, quiet_libraries, run_command
 from pipeline.params import Params, check
 from pipeline.project.files import Files, propose
 from pipeline.project.plan import Plan, find_records, make_plan
@@ -42,6 +42,7 @@ def new(
 
 
 def _new(pictures: Path, given: list[Path], language_model: str | None, *, yes: bool, dry_run: bool) -> None:
+    pictures, *given = enter_project(reads=[pictures, *given])
     quiet_libraries()
     warnings.simplefilter("ignore")  # Pillow's, about EXIF and sizes
     console, files, found = open_console(), Files(), find_records(pictures, given)

@@ -1,6 +1,5 @@
 """What a user's rows and pictures make of params.yaml, with the reason of each decision."""
 
-import os
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from pipeline.check import Report
 from pipeline.core import PipelineError
+from pipeline.project.files import in_params
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 ENOUGH = 1_000  # held-out pictures that say what there is to say
@@ -39,12 +39,6 @@ def find_records(pictures: Path, given: list[Path]) -> list[Path]:
         names = ", ".join(path.name for path in tables)
         raise PipelineError(f"holds several tables: {names}", where=str(pictures), remedy="name those to take with --records")
     return tables or [pictures]
-
-
-def in_params(path: Path) -> str:
-    """A path within the project as it is from there, another one absolute: a queued experiment runs in another folder."""
-    real, root = os.path.abspath(path), os.getcwd()
-    return os.path.relpath(real, root) if os.path.commonpath([real, root]) == root else real
 
 
 def make_plan(reports: list[Report], pictures: Path, trainings: dict[str, Any]) -> Plan:

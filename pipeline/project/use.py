@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.core import PipelineError, exit_on_error, quiet_libraries, run_command
+from pipeline.core import PipelineError, enter_project, exit_on_error, quiet_libraries, run_command
 from pipeline.params import read_yaml
-from pipeline.project.files import Files, propose
+from pipeline.project.files import Files, in_params, propose
 from pipeline.project.models import list_model_folders
 
 READY = Path(__file__).resolve().parents[2] / "docs" / "params"
@@ -36,8 +36,9 @@ def use(
         from pipeline.check import open_console
 
         quiet_libraries()
+        named = enter_project(reads=[Path(model)] if Path(model).exists() else [])
         console, files = open_console(), Files()
-        console.print(take(files, model, image_token), soft_wrap=True)
+        console.print(take(files, str(named[0]) if named else model, image_token), soft_wrap=True)
         propose(files, console, yes=yes, dry_run=dry_run)
 
     exit_on_error(work)
@@ -67,6 +68,7 @@ def _take_one(files: Files, model: str, image_token: str | None) -> str:
     from pipeline.core.loading import unloadable
     from pipeline.features import TOWERS
 
+    model = in_params(Path(model)) if Path(model).is_dir() else model
     try:
         kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
     except (OSError, ValueError, KeyError) as error:

@@ -16,10 +16,10 @@ from projects import ROOT, with_path
 from pipeline.core import PipelineError
 from pipeline.glance import COMMANDS, IMPORTS
 from pipeline.params import check, read_yaml
-from pipeline.project.files import Files
+from pipeline.project.files import Files, in_params
 from pipeline.project.models import list_model_folders
 from pipeline.project.new import _new
-from pipeline.project.plan import find_records, in_params
+from pipeline.project.plan import find_records
 from pipeline.project.use import take
 
 
