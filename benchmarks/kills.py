@@ -36,7 +36,7 @@ WATCHED: dict[Any, str] = {  # whatever changes a file or makes it last, by who 
     os: "mkdir rmdir unlink remove link symlink replace rename renames chmod fchmod truncate ftruncate posix_fallocate "
     "write writev pwrite pwritev sendfile copy_file_range fsync fdatasync",
     shutil: "copyfile",
-    Path: "write_text write_bytes",
+    Path: "write_text write_bytes touch",
     h5py.File: "close",
 }
 FREES = {"rmdir", "unlink", "remove", "chmod", "fchmod", "close"}  # what a full disk does not refuse; HDF5: see `limit_files`

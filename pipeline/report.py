@@ -21,6 +21,9 @@ def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
             found[stage] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             raise PipelineError("no figures yet", where=str(path), remedy="dvc repro", code=ARTEFACT) from None
+        if found[stage].get("diverged"):
+            remedy = f"lower {stage}.lr, then dvc repro"
+            raise PipelineError("the last run has diverged, and left no model", where=str(path), remedy=remedy, code=ARTEFACT)
     return found
 
 

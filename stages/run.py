@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import PipelineError, exit_on_error, quiet_libraries, take_debug
+from pipeline.core import PipelineError, exit_on_error, hold, quiet_libraries, take_debug, write_json
 from pipeline.params import StageParams, load_for_stage, read_yaml
 from stages.launch import launch, require_devices
 
+LOCKS = Path(".dvc/tmp/locks")
 PARALLEL = ("extract", "pretrain", "sft")
 _TRAINING = "lower {0}.micro_tokens (tokens of one pass), then {0}.batch_size; runtime.eval_batch while it answers questions"
 MEMORY = {  # what mends a lack of it
@@ -24,6 +25,7 @@ def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
     """Run one stage in the project's root folder and write `metrics/<name>.json` from what it returns.
 
     `seconds` and `peak_memory_gb` are added. Whatever fails ends as one line and a non-zero exit code; `--debug` shows where.
+    One run of a stage at a time: a second one in the same workspace names the first and ends.
     """
 
     def whole() -> None:
@@ -33,21 +35,33 @@ def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
         if params.runtime.processes > 1 and "RANK" not in os.environ and name in PARALLEL:
             require_devices(params.runtime.processes, params.runtime.device)
             launch(f"stages.{name}", params.runtime.processes)
-        from pipeline.core import write_json
-        from pipeline.core.devices import peak_memory_gb, pick_device
-
-        began = time.perf_counter()
-        figures = work(params)
         if int(os.environ.get("RANK", "0")):
+            work(params)
             return
-        figures["seconds"] = round(time.perf_counter() - began, 1)
-        figures["peak_memory_gb"] = round(peak_memory_gb(pick_device(params.runtime.device)), 3)
-        write_json(Path("metrics") / f"{name}.json", figures)
-        shown = ", ".join(f"{key} {value}" for key, value in figures.items() if not isinstance(value, dict))
-        print(f"{name}: {shown}", flush=True)
+        with hold(name, LOCKS):  # of several processes the first one speaks for all
+            _work_and_report(name, work, params)
 
     take_debug()
     exit_on_error(whole, memory=MEMORY[name])
+
+
+def _work_and_report(name: str, work: Callable[[StageParams], dict[str, Any]], params: StageParams) -> None:
+    from pipeline.core.devices import peak_memory_gb, pick_device
+
+    began, failure = time.perf_counter(), None
+    try:
+        figures = work(params)
+    except PipelineError as error:
+        if error.figures is None:
+            raise
+        failure, figures = error, error.figures
+    figures["seconds"] = round(time.perf_counter() - began, 1)
+    figures["peak_memory_gb"] = round(peak_memory_gb(pick_device(params.runtime.device)), 3)
+    write_json(Path("metrics") / f"{name}.json", figures)
+    shown = ", ".join(f"{key} {value}" for key, value in figures.items() if not isinstance(value, dict))
+    print(f"{name}: {shown}", flush=True)
+    if failure:
+        raise failure
 
 
 def _require_listed_models(stage: str, params: StageParams) -> None:

@@ -57,11 +57,16 @@ class Project:
 
     def run(self, *stages: str) -> dict[str, Any]:
         """The figures of the last of `stages`, each with the params that dvc.yaml lists for it."""
-        listed = read_yaml(ROOT / "dvc.yaml")["stages"]
         figures: dict[str, Any] = {}
         for name in stages:
-            figures = MAIN[name](StageParams(self.params, frozenset(listed[name]["params"]) | {"runtime"}, name))
+            figures = MAIN[name](self.stage_params(name))
         return figures
+
+    def stage_params(self, name: str, *assignments: str) -> StageParams:
+        """What a stage sees of the params, after these changes."""
+        self.set(*assignments)
+        listed = read_yaml(ROOT / "dvc.yaml")["stages"][name]["params"]
+        return StageParams(self.params, frozenset(listed) | {"runtime"}, name)
 
     def table(self, name: str) -> TokenTable:
         return TokenTable(self.folder / f"data/tokens/{name}.arrow")

@@ -9,6 +9,7 @@ from pipeline.core.disk import best_effort, reserve, set_mode, sync
 from pipeline.core.errors import (
     ARTEFACT,
     BAD_ROWS,
+    BUSY,
     DEFECT,
     INTERRUPTED,
     NUMERIC,
@@ -32,6 +33,7 @@ from pipeline.core.files import (
 from pipeline.core.fingerprint import fingerprint
 from pipeline.core.frame import LAUNCHED, as_line, debugging, exit_on_error, run_command, take_debug
 from pipeline.core.grid import merged_tokens
+from pipeline.core.locks import hold, is_held
 from pipeline.core.prefetch import patience, prefetch
 from pipeline.core.processes import SAFE_FORK, die_with_parent, end_process, fork_process
 from pipeline.core.project import enter_project, in_project, named_by
@@ -40,6 +42,7 @@ from pipeline.core.quiet import quiet_libraries
 __all__ = [
     "ARTEFACT",
     "BAD_ROWS",
+    "BUSY",
     "DEFECT",
     "INTERRUPTED",
     "LAUNCHED",
@@ -60,7 +63,9 @@ __all__ = [
     "final_name",
     "fingerprint",
     "fork_process",
+    "hold",
     "in_project",
+    "is_held",
     "is_signed",
     "link_or_copy",
     "main_checkout",

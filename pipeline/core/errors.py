@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 # Exit codes: DVC reports any failure as 255, so the line itself must tell; the codes serve scripts.
-DEFECT, USAGE, BAD_ROWS, ARTEFACT, RESOURCE, NUMERIC, INTERRUPTED = 1, 2, 3, 4, 5, 7, 75
+DEFECT, USAGE, BAD_ROWS, ARTEFACT, RESOURCE, BUSY, NUMERIC, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 75
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _TEMPORARY = re.compile(r"\.([^/\s]+?)\.\d+@[^/\s]+?\.tmp")  # what `temporary_name` gives
@@ -22,7 +22,12 @@ class PipelineError(Exception):
         where: file, row or parameter it was found in.
         remedy: the parameter or command that mends it.
         code: exit code of the process (see the constants above).
+
+    Attributes:
+        figures: what a stage that fails has measured all the same, for its metrics.
     """
+
+    figures: dict[str, Any] | None = None
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "", code: int = USAGE) -> None:
         self.what, self.where, self.remedy, self.code = what, where, remedy, code

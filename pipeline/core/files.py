@@ -1,9 +1,8 @@
 """Files that appear whole or not at all: temporary name, fsync, rename, fsync of the folder."""
 
 import os
+import re
 import shutil
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,8 +13,9 @@ from safetensors import SafetensorError
 from pipeline.core.checksums import sign, to_json
 from pipeline.core.disk import replace, sync
 from pipeline.core.errors import RESOURCE, PipelineError, brief
+from pipeline.core.locks import is_abandoned, machine, own, release
 
-DAY = 86400  # seconds
+TEMPORARY = re.compile(r"\.(.+)\.(\d{1,18})@([^.]*)\.tmp")  # .NAME.PROCESS@MACHINE.tmp
 
 
 @contextmanager
@@ -47,6 +47,8 @@ def publish(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name)
+        handle = own(temporary, folder=False)
     try:
         yield temporary
         with writing(path):
@@ -58,6 +60,7 @@ def publish(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+        release(handle)
 
 
 def _names(error: OSError, temporary: Path) -> bool:
@@ -86,9 +89,10 @@ def publish_folder(path: Path) -> Iterator[Path]:
     """As `publish` for a folder: whatever stood at `path` is replaced by the finished new one, its `checksums.json` with it."""
     path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link to a folder on another disk stays one
     temporary = temporary_name(path)
-    shutil.rmtree(temporary, ignore_errors=True)
     with writing(path):
-        temporary.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name)
+        handle = own(temporary, folder=True)
     try:
         yield temporary
         with writing(path):
@@ -103,6 +107,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
         raise (_unwritable(path, error) if _names(error, temporary) else error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        release(handle)
 
 
 def link_or_copy(source: Path, target: Path) -> bool:
@@ -118,35 +123,27 @@ def link_or_copy(source: Path, target: Path) -> bool:
 
 def temporary_name(path: Path) -> Path:
     """Where the content of `path` stands until it is whole: beside it, named by process and machine (see `remove_leftovers`)."""
-    return path.with_name(f".{path.name}.{os.getpid()}@{_machine()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}@{machine()}.tmp")
 
 
-def _machine() -> str:
-    return socket.gethostname().replace(".", "-")
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete temporary files and folders whose writers are gone, all in `folder` or those of one output `name`.
 
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of processes that were killed; those of living ones stay.
-
-    Another machine's processes cannot be asked: what they write, where a folder is shared, stays until it is a day old.
+    A writer holds a lock on what it writes, which ends with it; what a living one writes, here or elsewhere, stays.
     """
-    for path in folder.glob(".*.tmp"):
-        process, _, machine = path.name.split(".")[-2].partition("@")
-        if not process.isdigit() or (machine == _machine() and _is_alive(int(process))):
-            continue
-        with suppress(FileNotFoundError):
-            if machine == _machine() or time.time() - path.stat().st_mtime > DAY:
-                path.unlink()
-
-
-def _is_alive(process: int) -> bool:
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
+        found = [match for entry in os.listdir(folder) if (match := TEMPORARY.fullmatch(entry))]
+    except OSError:
+        return
+    for match in found:
+        path = folder / match[0]
+        if name not in (None, match[1]) or (handle := is_abandoned(path, int(match[2]), match[3])) is None:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            path.unlink()
+        release(handle)
 
 
 def main_checkout(folder: Path | None = None) -> Path:

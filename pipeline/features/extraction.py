@@ -90,7 +90,8 @@ def extract(
     """
     folders = [store / fingerprint(encoder.row_spec()) for store in stores]
     make_folder(folders[0])
-    remove_leftovers(folders[0])
+    for folder in stores[0].iterdir():  # of other encoders too
+        remove_leftovers(folder)
     images = DecodedImages(files, hashes, encoder.preprocess)
     plan = plan_shards(images, hashes, encoder, folders, shard_rows, skip=skip)
     processes.wait()  # nobody writes before all have seen the same store, or a shard may be nobody's

@@ -87,7 +87,10 @@ def import_file(path: Path, out: Path, *, given: Given, tokenizer: Path | None =
         if made:
             module, manifest, builder = made
             model = VisionLanguageModel(module, load_language_model(str(temporary), dtype=config.dtype))
-            checkpoint.save(temporary, model, manifest, builder)
+            checkpoint.require_finite(model, out)
+            for written in temporary.iterdir():
+                written.unlink()
+            checkpoint.write(temporary, model, manifest, builder)
         elif projector:
             with writing(out):
                 _write_projector(temporary, projector)

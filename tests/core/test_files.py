@@ -43,11 +43,15 @@ def test_an_error_of_something_else_is_not_blamed_on_the_file(publishing: object
 
 
 def test_what_names_the_temporary_file_is_told_of_the_file(tmp_path: Path) -> None:
-    temporary_name(tmp_path / "a").mkdir()
-    with pytest.raises(PipelineError, match=r"/a: cannot be written: Is a directory") as caught, publish(tmp_path / "a") as file:
-        file.open("wb")
+    def write() -> None:
+        with publish(tmp_path / "a") as file:
+            file.unlink()
+            file.mkdir()
+            file.open("wb")
+
+    with pytest.raises(PipelineError, match=r"/a: cannot be written: Is a directory") as caught:
+        write()
     assert ".tmp" not in caught.value.line()
-    file.rmdir()
     (tmp_path / "b").write_text("")
     with pytest.raises(PipelineError, match=r"b/c: cannot be written: File exists"), publish(tmp_path / "b" / "c"):
         pass

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from projects import with_path
 
 from pipeline.core.checksums import sign
 from pipeline.core.errors import PipelineError
-from pipeline.core.files import link_or_copy, main_checkout, publish, publish_folder, remove_leftovers, write_json
+from pipeline.core.files import link_or_copy, main_checkout, publish, publish_folder, write_json
 from pipeline.core.frame import exit_on_error
 from pipeline.report import read_metrics, tables
 
@@ -130,24 +129,6 @@ def test_not_a_number_is_never_written_as_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert not (tmp_path / "a.json").exists()
-
-
-def test_only_leftovers_of_this_machines_dead_processes_are_removed_and_others_when_they_are_old(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for pid in (dead.pid, os.getpid()):
-        for machine in (socket.gethostname().replace(".", "-"), "another", "long-ago"):
-            (tmp_path / f".shard.h5.{pid}@{machine}.tmp").write_text("")
-            if machine == "long-ago":
-                os.utime(tmp_path / f".shard.h5.{pid}@{machine}.tmp", (1, 1))
-    with publish(tmp_path / "other.h5") as mine:
-        mine.write_text("")
-        remove_leftovers(tmp_path)
-        assert mine.exists(), "a living process still writes it"
-    left = {path.name for path in tmp_path.iterdir()}
-    alive = socket.gethostname().replace(".", "-")
-    another = {f".shard.h5.{pid}@another.tmp" for pid in (dead.pid, os.getpid())}
-    assert left == another | {"other.h5", f".shard.h5.{os.getpid()}@{alive}.tmp"}
 
 
 def test_links_share_bytes_with_the_store(tmp_path: Path) -> None:

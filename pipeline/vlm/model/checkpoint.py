@@ -11,7 +11,7 @@ its files' checksums.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline.core import ARTEFACT, PipelineError, brief, is_signed, named_by, publish_folder, set_mode, verify, writing
+from pipeline.core import ARTEFACT, PipelineError, brief, is_signed, named_by, publish_folder, set_mode, to_json, verify, writing
 from pipeline.text import PromptBuilder
 from pipeline.vlm.model.language_model import language_model_files, load_language_model
 from pipeline.vlm.model.projector import build_projector
@@ -54,26 +54,29 @@ class Manifest:
 
 def save(folder: Path, model: VisionLanguageModel, manifest: Manifest, builder: PromptBuilder) -> None:
     """Write the folder whole or not at all; refuses weights that are not finite."""
+    require_finite(model, folder)
+    with publish_folder(folder) as temporary, writing(folder):
+        write(temporary, model, manifest, builder)
+
+
+def require_finite(model: VisionLanguageModel, folder: Path) -> None:
+    """Raises `PipelineError` naming the first weight that is not finite, of a model that is to be written to `folder`."""
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise PipelineError(f"{name} is not finite", where=str(folder), remedy="lower lr", code=ARTEFACT)
-    with publish_folder(folder) as temporary, writing(folder):
-        if manifest.own_llm:
-            model.language_model.save_pretrained(temporary)
-            builder.tokenizer.init_kwargs.pop("local_files_only", None)  # how it was loaded is no part of the model
-            builder.tokenizer.save_pretrained(temporary)
-        weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.projector.state_dict().items()}
-        save_file(weights, temporary / "projector.safetensors")
-        for file in temporary.glob("*.safetensors"):
-            set_mode(file, 0o644)  # the writer makes them the owner's alone
-        content = {
-            "format": FORMAT,
-            "vision": manifest.vision,
-            "llm": manifest.llm,
-            "projector": manifest.projector,
-            "own_llm": manifest.own_llm,
-        }
-        (temporary / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write(folder: Path, model: VisionLanguageModel, manifest: Manifest, builder: PromptBuilder) -> None:
+    """Write the files of a checkpoint into a folder that is not yet to be seen by others."""
+    if manifest.own_llm:
+        model.language_model.save_pretrained(folder)
+        builder.tokenizer.init_kwargs.pop("local_files_only", None)  # how it was loaded is no part of the model
+        builder.tokenizer.save_pretrained(folder)
+    weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.projector.state_dict().items()}
+    save_file(weights, folder / "projector.safetensors")
+    for file in folder.glob("*.safetensors"):
+        set_mode(file, 0o644)  # the writer makes them the owner's alone
+    (folder / MANIFEST).write_text(to_json({"format": FORMAT, **asdict(manifest)}), encoding="utf-8")
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -37,6 +37,11 @@ class VisionLanguageModel(nn.Module):
         """D, the width of the language model's token embeddings."""
         return hidden_size(self.language_model)
 
+    @property
+    def vocabulary(self) -> int:
+        """V, the tokens that the language model chooses from."""
+        return int(self.language_model.config.vocab_size)
+
     def embed(self, ids: torch.Tensor, features: torch.Tensor, row: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """Input embeddings [B, T, D] of ids [B, T], with features [S, P, Dv] projected and spliced in (see `splice`)."""
         projected = self.projector(features.to(next(self.projector.parameters()).dtype))

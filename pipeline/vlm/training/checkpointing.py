@@ -2,16 +2,19 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from pipeline.core import INTERRUPTED, PipelineError
 from pipeline.vlm.evaluation import Heldout
 from pipeline.vlm.model import VisionLanguageModel
+from pipeline.vlm.training.divergence import NOTICED, limit, stays_above
 from pipeline.vlm.training.state import TrainingState
 
 
@@ -25,6 +28,8 @@ class Checkpointer:
         self._resume, self._seconds, self._heldout = resume, 60 * minutes, heldout
         self._saved, self._stop = time.monotonic(), False
         self._asked: float | None = None
+        self._good: int | None = None
+        self._told = False
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -46,6 +51,8 @@ class Checkpointer:
     def start(self, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, scaler: Any) -> list[dict[str, float]]:
         """The history of the state that was brought back, empty for a fresh run."""
         history, measured = self._resume.load(model, optimizer, scaler)
+        if history:
+            self._good = max((n for n in self._resume.saved() if n <= len(history) and _is_good(history[:n])), default=None)
         if self._heldout:
             self._heldout.rows = measured
         if history and os.environ.get("RANK", "0") == "0":
@@ -66,6 +73,7 @@ class Checkpointer:
         if accelerator.num_processes > 1:
             asked = torch.tensor([due, self._stop], dtype=torch.float32, device=accelerator.device)
             due, self._stop = (bool(flag) for flag in accelerator.reduce(asked, "sum"))
+        self._tell(history, show=accelerator.is_main_process)
         best = self._best()
         if not (last or self._stop or due or best == len(history)):
             return
@@ -75,14 +83,32 @@ class Checkpointer:
             history,
             accelerator.scaler,
             heldout=self._heldout.rows if self._heldout else [],
-            best=best,
+            keep=[steps for steps in (best, None if _is_good(history) else self._good) if steps is not None],
             write=accelerator.is_main_process,
         )
+        if _is_good(history):
+            self._good = len(history)
         self._saved = time.monotonic()
         if self._stop and not last:
             raise PipelineError(
                 f"stopped after step {len(history)}, state saved", remedy="the same command goes on", code=INTERRUPTED
             )
+
+    def last_good(self) -> str:
+        """Where the newest state lies that was saved while the loss was as it should be, for a message."""
+        if self._good is None:
+            return "no state was saved before"
+        return f"last good state: after step {self._good}, {self._resume.at(self._good)}"
+
+    def _tell(self, history: list[dict[str, float]], *, show: bool) -> None:
+        losses = [row["loss"] for row in history[:1] + history[max(1, len(history) - NOTICED) :]]
+        if self._told or not stays_above(losses, NOTICED):
+            return
+        self._told = True
+        if show:
+            what = f"the loss, {losses[0]:.3g} at the start, has been above {limit(losses[0]):.3g} for {NOTICED} steps"
+            remedy = f"lower {self._resume.stage}.lr; {self.last_good()}"
+            tqdm.write(f"{self._resume.stage}: has the run diverged? {what}, now {losses[-1]:.3g} -> {remedy}", file=sys.stderr)
 
     def take_best(self, model: VisionLanguageModel, accelerator: Accelerator) -> None:
         """Give a model whose run is finished the weights of its best measurement, where those are to be kept."""
@@ -96,3 +122,7 @@ class Checkpointer:
         if self._heldout is None or not self._heldout.keep_best or self._heldout.best is None:
             return None
         return int(self._heldout.best["step"]) + 1
+
+
+def _is_good(history: list[dict[str, float]]) -> bool:
+    return history[-1]["loss"] <= limit(history[0]["loss"])

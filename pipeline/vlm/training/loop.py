@@ -124,7 +124,8 @@ class _Steps:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         norm = full_tensor(self.accelerator.clip_grad_norm_(trained, schedule.clip_norm))
         loss, length = torch.stack([total, norm.to(total.dtype)]).tolist()  # one wait for the device a step
-        require_finite(loss, length, step, schedule, where, scaled=self.accelerator.scaler is not None)
+        saved = self.checkpointer.last_good() if self.checkpointer else ""
+        require_finite(loss, length, step, schedule, where, scaled=self.accelerator.scaler is not None, saved=saved)
         lr = float(self._scheduler.get_last_lr()[0])
         self._optimizer.step()
         self._scheduler.step()

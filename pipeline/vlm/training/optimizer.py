@@ -31,16 +31,16 @@ def make_scheduler(
     )
 
 
-def require_finite(loss: float, norm: float, step: int, schedule: Schedule, where: str, *, scaled: bool) -> None:
+def require_finite(loss: float, norm: float, step: int, schedule: Schedule, where: str, *, scaled: bool, saved: str = "") -> None:
     """Raises `PipelineError` naming the batch for a loss or gradient norm that is not finite.
 
-    `scaled`: a gradient scaler is at work, which skips overflowing steps itself.
+    `scaled`: a gradient scaler is at work, which skips overflowing steps itself. `saved`: which state there is to fall back on.
     """
     if math.isfinite(loss) and (scaled or math.isfinite(norm)):
         return
     raise PipelineError(
         f"loss {loss:g}, gradient norm {norm:g} at step {step} (lr {schedule.lr:g})",
         where=f"batch with {where}",
-        remedy="lower lr or set precision: float32",
+        remedy="lower lr or set precision: float32" + (f"; {saved}" if saved else ""),
         code=NUMERIC,
     )

@@ -5,11 +5,13 @@ starts from; nothing else differs between them.
 """
 
 import csv
+import math
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import main_checkout, publish, writing
+from pipeline.core import NUMERIC, PipelineError, hold, main_checkout, publish, writing
 from pipeline.core.devices import pick_workers
 from pipeline.features import NoFeatures
 from pipeline.params import Dataset, StageParams, Training
@@ -19,29 +21,62 @@ from pipeline.vlm.model import PACKED, Manifest, VisionLanguageModel, checkpoint
 from pipeline.vlm.training.assembly import TrainingRun, assemble
 from pipeline.vlm.training.callbacks import Callbacks, step_callback
 from pipeline.vlm.training.checkpointing import Checkpointer
+from pipeline.vlm.training.divergence import has_diverged
 from pipeline.vlm.training.loop import train
 from pipeline.vlm.training.parts import projector_shape
-from pipeline.vlm.training.state import TrainingState
+from pipeline.vlm.training.state import TrainingState, locks
 
 History = list[dict[str, float]]
 
 
 def train_stage(params: StageParams, training: Training, *, dataset: Dataset, name: str, start: Path | None) -> dict[str, Any]:
-    """Train on `dataset`, save to models/<name>, return the held-out figures."""
+    """Train on `dataset`, save to models/<name>, return the held-out figures.
+
+    Raises `PipelineError` with the figures, and writes no model, where the run has diverged.
+    """
     run = assemble(params, training, dataset=dataset, name=name, start=start)
-    state, measured = _training_state(run), _heldout_measurements(run)
-    history = _train(run, state, measured)
+    state = _training_state(run)
+    with hold(state.folder.name, locks()) if run.accelerator.is_main_process else nullcontext():
+        return _train_and_measure(run, state, _heldout_measurements(run))
+
+
+def _train_and_measure(run: TrainingRun, state: TrainingState, measured: Heldout | None) -> dict[str, Any]:
+    first, training = run.accelerator.is_main_process, run.training
+    history, saved = _train(run, state, measured)
     model = _whole_model(run)
-    if run.accelerator.is_main_process:
-        _save(run, model, history, measured)
-    figures = _measure(run, model)
-    if run.accelerator.is_main_process:
-        state.clear()
-    run.accelerator.end_training()
+    loss = heldout_loss(model, run.heldout, run.accelerator, micro_tokens=training.micro_tokens)
+    made = [row["loss"] for row in history]
+    if measured and measured.keep_best and measured.best:
+        made = made[: int(measured.best["step"]) + 1]
+    diverged = has_diverged(made, loss, model.vocabulary)
+    if first:
+        if not diverged:
+            _save(run, model)
+        _write_curves(run, history, measured)
+    figures: dict[str, Any] = {"questions": len(run.heldout.table), "loss": round(loss, 6) if math.isfinite(loss) else None}
+    figures |= _accuracies(run, model)
     if measured and measured.keep_best and measured.best:
         figures["best_step"] = measured.best["step"]
     last = history[-20:]
-    return figures | {"train_loss": round(sum(row["loss"] for row in last) / len(last), 6), "steps": len(history)}
+    figures |= {"train_loss": round(sum(row["loss"] for row in last) / len(last), 6), "steps": len(history)}
+    if diverged:
+        raise _diverged(run, figures, loss, made, saved)
+    if first:
+        state.clear()
+    run.accelerator.end_training()
+    return figures
+
+
+def _diverged(run: TrainingRun, figures: dict[str, Any], loss: float, losses: list[float], saved: str) -> PipelineError:
+    ends = f"training loss {figures['train_loss']:.3g} and held-out loss {loss:.3g} at the end"
+    error = PipelineError(
+        f"the run has diverged: {ends}, {losses[0]:.3g} at the start; no model is written",
+        where=f"{run.name}.lr {run.training.lr:g}",
+        remedy=f"lower {run.name}.lr; {saved}",
+        code=NUMERIC,
+    )
+    error.figures = {**figures, "diverged": True}
+    return error
 
 
 def _training_state(run: TrainingRun) -> TrainingState:
@@ -72,8 +107,11 @@ def _heldout_measurements(run: TrainingRun) -> Heldout | None:
     return Heldout(measure, every=every, keep_best=run.training.keep == "best") if every else None
 
 
-def _train(run: TrainingRun, state: TrainingState, measured: Heldout | None) -> History:
-    """Run the loop; raises AssertionError where something has written to what is frozen."""
+def _train(run: TrainingRun, state: TrainingState, measured: Heldout | None) -> tuple[History, str]:
+    """Run the loop; returns its history and which state there is to fall back on.
+
+    Raises AssertionError where something has written to what is frozen.
+    """
     model, runtime, first = run.model, run.params.runtime, run.accelerator.is_main_process
     before = frozen_digest(model)
     execution = Execution(
@@ -91,7 +129,7 @@ def _train(run: TrainingRun, state: TrainingState, measured: Heldout | None) -> 
     checkpointer.take_best(model, run.accelerator)
     if frozen_digest(model) != before or any(p.grad is not None for p in model.parameters() if not p.requires_grad):
         raise AssertionError("a frozen parameter has changed or has a gradient")
-    return history
+    return history, checkpointer.last_good()
 
 
 def _whole_model(run: TrainingRun) -> VisionLanguageModel:
@@ -104,8 +142,8 @@ def _whole_model(run: TrainingRun) -> VisionLanguageModel:
     return model
 
 
-def _save(run: TrainingRun, model: VisionLanguageModel, history: History, measured: Heldout | None) -> None:
-    """The checkpoint to models/<name>, the history and held-out losses to results/<name>."""
+def _save(run: TrainingRun, model: VisionLanguageModel) -> None:
+    """The checkpoint to models/<name>."""
     vision, llm = run.params.vision, run.params.llm
     manifest = Manifest(
         vision={
@@ -121,6 +159,10 @@ def _save(run: TrainingRun, model: VisionLanguageModel, history: History, measur
         own_llm=run.own_llm,
     )
     checkpoint.save(Path("models") / run.name, model, manifest, run.builder)
+
+
+def _write_curves(run: TrainingRun, history: History, measured: Heldout | None) -> None:
+    """The history and held-out losses to results/<name>."""
     results = Path("results") / run.name
     table = results / "history.csv"
     with publish(table) as temporary, writing(table), temporary.open("w", newline="", encoding="utf-8") as file:
@@ -131,11 +173,10 @@ def _save(run: TrainingRun, model: VisionLanguageModel, history: History, measur
         measured.write(results / "heldout.csv")
 
 
-def _measure(run: TrainingRun, model: VisionLanguageModel) -> dict[str, Any]:
-    """Held-out loss, accuracy, and the accuracy of the blind control."""
+def _accuracies(run: TrainingRun, model: VisionLanguageModel) -> dict[str, Any]:
+    """Accuracy on held-out rows, and that of the blind control."""
     heldout, params = run.heldout, run.params
-    loss = heldout_loss(model, heldout, run.accelerator, micro_tokens=run.training.micro_tokens)
-    figures: dict[str, Any] = {"questions": len(heldout.table), "loss": round(loss, 6)}
+    figures: dict[str, Any] = {}
     asking = Answering(params.evaluate.max_new_tokens, params.runtime.eval_batch)
     unseen = replace(heldout, source=NoFeatures(heldout.source))
     for name, examples, how in (("accuracy", heldout, asking), ("accuracy_blind", unseen, replace(asking, blind=True))):

@@ -8,6 +8,8 @@ moments and what was measured are all there is to keep.
 
 import json
 import shutil
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline.core import ARTEFACT, PipelineError, brief, fingerprint, publish_folder, verify, writing
+from pipeline.core import ARTEFACT, PipelineError, brief, fingerprint, is_held, main_checkout, publish_folder, verify, writing
 from pipeline.vlm.model import full_tensor, shard_like
 
 DEPENDS = "depends.json"
@@ -30,7 +32,7 @@ class TrainingState:
     """
 
     def __init__(self, folder: Path, stage: str, depends: dict[str, Any]) -> None:
-        self._parent, self._stage, self._depends = folder, stage, depends
+        self._parent, self.stage, self._depends = folder, stage, depends
         self.folder = folder / f"{stage}-{fingerprint(depends)}"
 
     def save(
@@ -41,12 +43,12 @@ class TrainingState:
         scaler: Any,
         *,
         heldout: list[dict[str, float]] | None = None,
-        best: int | None = None,
+        keep: Collection[int] = (),
         write: bool = True,
     ) -> None:
         """Write the state after `len(history)` steps whole or not at all; earlier ones of this run are then removed.
 
-        `heldout`: held-out losses so far, kept with it. `best`: steps of an earlier state that stays, or of this one.
+        `heldout`: held-out losses so far, kept with it. `keep`: steps of earlier states that stay.
         Of several processes all take part, since each may hold a part of every tensor, and one writes.
         """
         held = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -59,22 +61,33 @@ class TrainingState:
                 tensors[name] = found.cpu().contiguous().clone()
         if not write:
             return
-        target = self._state(len(history))
-        kept = {target.name} | ({self._state(best).name} if best is not None else set())
+        target = self.at(len(history))
+        kept = {target.name, *(self.at(steps).name for steps in keep)}
         with publish_folder(target) as temporary, writing(target):
             save_file(tensors, temporary / "state.safetensors")
             notes = {"history": history, "heldout": heldout or [], "scaler": scaler.state_dict() if scaler is not None else None}
             (temporary / "state.json").write_text(json.dumps(notes), encoding="utf-8")
-            (temporary / DEPENDS).write_text(json.dumps(self._depends), encoding="utf-8")
+            about = {"depends": self._depends, "turn": 1 + max(map(_turn, self._others()), default=0)}
+            (temporary / DEPENDS).write_text(json.dumps(about), encoding="utf-8")
         for path in self.folder.iterdir():
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
-        runs = sorted(self._parent.glob(f"{self._stage}-*"), key=lambda path: path.stat().st_mtime)
-        for path in runs[:-KEPT]:
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self._others()[: 1 - KEPT]:
+            if not is_held(path.name, locks()):
+                shutil.rmtree(path, ignore_errors=True)
 
-    def _state(self, steps: int) -> Path:
+    def _others(self) -> list[Path]:
+        """Folders of other unfinished runs of the stage, the one that saved last at the end; dates say nothing."""
+        found = [path for path in self._parent.glob(f"{self.stage}-*") if path.name != self.folder.name]
+        return sorted(found, key=lambda path: (_turn(path), path.name))
+
+    def at(self, steps: int) -> Path:
+        """Where the state after so many steps lies."""
         return self.folder / f"{steps:08d}"
+
+    def saved(self) -> list[int]:
+        """After how many steps there is a state."""
+        return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit())
 
     def load(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: Any
@@ -85,7 +98,9 @@ class TrainingState:
                 verify(folder, remedy="")
                 tensors = load_file(folder / "state.safetensors")
                 notes = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            except (PipelineError, OSError, ValueError, SafetensorError) as error:
+                if len(notes["history"]) != int(folder.name):
+                    raise ValueError(f"holds the state after {len(notes['history'])} steps")
+            except (PipelineError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 print(f"resume: {folder} is not whole and is passed over ({brief(error)})", flush=True)
                 continue
             _put(model, tensors)
@@ -104,7 +119,7 @@ class TrainingState:
 
     def take(self, model: torch.nn.Module, steps: int) -> None:
         """The weights of the state after so many steps; raises `PipelineError` where it cannot be read."""
-        path = self._state(steps) / "state.safetensors"
+        path = self.at(steps) / "state.safetensors"
         try:
             verify(path.parent, remedy=f"remove {self.folder} and run again")
             _put(model, load_file(path))
@@ -116,20 +131,34 @@ class TrainingState:
 
     def _name_differences(self) -> None:
         """Say why the state of an unfinished run that is there is not taken up."""
-        others = sorted(self._parent.glob(f"{self._stage}-*/*/{DEPENDS}"), key=lambda path: path.stat().st_mtime)
-        if not others:
+        found = [state / DEPENDS for run in self._others() for state in sorted(run.glob("[0-9]*")) if (state / DEPENDS).is_file()]
+        if not found:
             return
         try:
-            other = _flat(json.loads(others[-1].read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            other = _flat(json.loads(found[-1].read_text(encoding="utf-8"))["depends"])
+        except (OSError, ValueError, KeyError, TypeError):
             return
         mine = _flat(json.loads(json.dumps(self._depends)))
         differ = [f"{key} {_short(other.get(key))} -> {_short(mine.get(key))}" for key in mine if other.get(key) != mine[key]]
-        print(f"resume: {others[-1].parent} is of another run ({', '.join(differ[:3])}), so this one starts afresh", flush=True)
+        print(f"resume: {found[-1].parent} is of another run ({', '.join(differ[:3])}), so this one starts afresh", flush=True)
 
     def clear(self) -> None:
         """The run is finished: its states are of no more use."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def locks() -> Path:
+    """Where a training run is locked by the name of its states' folder."""
+    return main_checkout() / ".dvc" / "tmp" / "locks"
+
+
+def _turn(folder: Path) -> int:
+    """When a run saved, counted over the runs of its stage: above those that had saved before it; 0 where that is not known."""
+    found = 0
+    for path in folder.glob(f"*/{DEPENDS}"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = max(found, int(json.loads(path.read_text(encoding="utf-8"))["turn"]))
+    return found
 
 
 def _put(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -16,6 +16,7 @@ from conftest import ROWS, World
 from test_loop import SCHEDULE, bits
 
 from pipeline.core.errors import INTERRUPTED, PipelineError
+from pipeline.core.locks import hold
 from pipeline.features.sources import StoredFeatures
 from pipeline.params.reading import override, read_yaml
 from pipeline.vlm.batches.examples import Examples
@@ -101,12 +102,49 @@ def test_a_damaged_newest_state_is_passed_over_aloud(world: World, tmp_path: Pat
     assert (bits(resumed), history) == (bits(whole), undisturbed)
 
 
-def test_only_the_last_unfinished_runs_are_kept(world: World, tmp_path: Path) -> None:
-    for key in "abcdef":
+@pytest.mark.parametrize("date", ["future", "equal", "backwards"])
+def test_only_the_runs_that_saved_last_are_kept_whatever_their_dates(world: World, tmp_path: Path, date: str) -> None:
+    for number, key in enumerate("abcdef"):
         with pytest.raises(PipelineError):
             attempt(world, "projector", Stopping(TrainingState(tmp_path, "t", {"k": key}), 1))
-        time.sleep(0.02)
+        mine = TrainingState(tmp_path, "t", {"k": key}).folder
+        assert mine.is_dir(), "a run never removes its own"
+        seconds = {"future": 4e9 - number, "equal": 1e9, "backwards": 1e9 - number}[date]
+        for path in (mine, *mine.rglob("*")):
+            os.utime(path, (seconds, seconds))
     assert {path.name for path in tmp_path.iterdir()} == {TrainingState(tmp_path, "t", {"k": key}).folder.name for key in "def"}
+
+
+def test_a_run_never_removes_its_own_state_nor_that_of_a_living_one(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    states = tmp_path / "states"
+    first = TrainingState(states, "t", {"k": "a"})
+    with pytest.raises(PipelineError):
+        attempt(world, "projector", Stopping(first, 1))
+    for name in ("b", "c", "d"):  # copies by hand, from a machine whose clock runs ahead
+        copy = shutil.copytree(first.folder, states / f"t-copy-{name}")
+        for path in (copy, *copy.rglob("*")):
+            os.utime(path, (4e9, 4e9))
+    with hold("t-copy-b", tmp_path / ".dvc/tmp/locks"), pytest.raises(PipelineError, match="state saved"):
+        attempt(world, "projector", Stopping(first, 1))
+    assert [int(path.name) for path in first.folder.iterdir()] == [2]
+    assert {path.name for path in states.glob("t-copy-*")} == {"t-copy-b", "t-copy-c", "t-copy-d"}
+    with pytest.raises(PipelineError, match="state saved"):
+        attempt(world, "projector", Stopping(first, 1))
+    assert {path.name for path in states.glob("t-copy-*")} == {"t-copy-c", "t-copy-d"}
+
+
+def test_a_state_under_another_steps_name_is_passed_over(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resume = TrainingState(tmp_path, "t", {"k": 1})
+    with pytest.raises(PipelineError):
+        attempt(world, "projector", Stopping(resume, 2))
+    shutil.copytree(resume.folder / "00000002", resume.folder / "00000005")
+    resumed, history = attempt(world, "projector", Checkpointer(resume, minutes=60))
+    assert "00000005 is not whole and is passed over (holds the state after 2 steps)" in capsys.readouterr().out
+    whole, undisturbed = attempt(world, "projector", None)
+    assert (bits(resumed), history) == (bits(whole), undisturbed)
 
 
 def test_a_state_of_other_params_is_not_taken_up_and_the_difference_is_named(
