@@ -150,12 +150,12 @@ class _Process:
             code = process.wait(0.2)  # it may be on its way out
         except subprocess.TimeoutExpired:
             process.kill()
-            code, why = process.wait(), f"gives no text within {WAIT:g} seconds"
+            code, why = process.wait(), f"gives no text within {WAIT:g} s"
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
         if code == -signal.SIGPROF:
-            return f"takes over {sandbox.SECONDS:g} seconds"
+            return f"takes over {sandbox.SECONDS:g} s of processor time"
         return why or f"ends the process that renders it ({code})"
 
 

@@ -150,6 +150,26 @@ ROLES = ("the template refuses it", "its chat template refuses turns", "its chat
 works = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED])
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "templates.md"
+
+
+def rows_of_page() -> dict[str, list[str]]:
+    """The table of docs/templates.md: family -> byte-level, SentencePiece, system turn, date."""
+    lines = [line.strip("|\n").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    return {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines[2:]}
+
+
+def facts(builder: PromptBuilder) -> list[str]:
+    """What the page says of a family with a kind of tokenizer: how it is encoded, what becomes of a system turn, the date."""
+    talk = [Turn("system", ("Be brief.",)), Turn("user", ("What?",)), Turn("assistant", ("A cat.",))]
+    try:
+        system = "yes" if builder.build(talk).spans else ""
+    except PipelineError as error:
+        system = "refuses it" if "refuses" in error.what else "drops it: refused"
+    apart = builder._pattern(("user", "assistant"), trim=True, generate=False)
+    return ["apart" if apart else "whole", system, builder.date if builder.dated else ""]
+
+
 def expect_equal(found: Counter[str]) -> None:
     """Most rows are used, and their ids were compared; the others have a role that the template does not know."""
     assert all(reason.startswith(ROLES) for reason in found if reason), found
@@ -160,6 +180,16 @@ def expect_equal(found: Counter[str]) -> None:
 @works
 def test_ids_are_the_templates_own(tmp_path: Path, name: str, kind: str) -> None:
     expect_equal(try_family(tmp_path, name, kind, 10))
+    told = rows_of_page()[name]
+    assert facts(PromptBuilder(str(tmp_path), image_token=IMAGE, tokens=PATCHES)) == [told[KINDS.index(kind)], *told[2:]]
+
+
+def test_the_page_names_every_family_and_why_some_do_not_work() -> None:
+    told = rows_of_page()
+    assert list(told) == list(FAMILIES)
+    for name, cells in told.items():
+        assert ("no: " in cells[0]) == (name in REFUSED)
+        assert all(cell.removeprefix("no: ") == REFUSED[name] for cell in cells[:2] if name in REFUSED)
 
 
 @pytest.mark.slow
