@@ -76,9 +76,11 @@ def _read_metadata(file: Path) -> tuple[dict[str, Any], int]:
     """The file's metadata and how many numbers its tensors hold; raises `PipelineError` for what would not come back exactly."""
     import gguf
 
+    from pipeline.export.gguf_bounds import check_counts
     from pipeline.export.llamacpp import ARCHITECTURES
 
     try:
+        check_counts(file)
         reader = gguf.GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
@@ -110,7 +112,7 @@ def _model(file: Path, numbers: int, dtype: str) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # as above
         raise PipelineError(f"cannot be read: {brief(error)}", where=str(file), code=ARTEFACT) from None
     model, info = loaded
     used = sum(parameter.numel() for parameter in model.parameters())

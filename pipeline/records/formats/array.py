@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from pipeline.core import brief
-from pipeline.records.formats.row import MAX_ROW, BadRow, Row
+from pipeline.records.formats.row import MAX_ROW, MAX_VALUES, BadRow, Row, too_many_values
 from pipeline.records.images import ImageError
 
 CHUNK = 1 << 20
@@ -88,6 +88,8 @@ class _Decoder:
                     raise
             if len(window.text) - window.at > MAX_ROW:
                 raise ValueError(f"no end within {MAX_ROW >> 20} MiB")
+            if too_many_values(window.text[window.at :]):
+                raise ValueError(f"more than {MAX_VALUES:,} values in one row")
             window.grow()
 
 

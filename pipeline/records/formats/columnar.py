@@ -18,6 +18,7 @@ from pipeline.records.formats.row import BadRow, Row
 from pipeline.records.images import ImageError
 
 ROWS = 16  # a step: pictures of a few hundred kilobytes each, so some megabytes at a time
+MAX_BATCH = 256 << 20  # bytes of rows that become Python's at once
 ONE_BY_ONE = 4096  # rows of a damaged block that are tried one by one; each try looks at all of it
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # what closes an Arrow stream; without it rows may be missing unnoticed
 _ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, TypeError, NotImplementedError)
@@ -37,12 +38,18 @@ def _values(batch: pa.RecordBatch, file: str, first: int) -> Iterator[Row | BadR
     if not sound and batch.num_rows > ONE_BY_ONE:
         yield BadRow(file, first, "a damaged block of rows", "write the file again", rows=batch.num_rows)
         return
-    step = ROWS if sound else 1
+    step = min(ROWS, batch.num_rows) if sound else 1
     for at in range(0, batch.num_rows, step):
         part = batch.slice(at, step)
+        if step > 1 and part.nbytes > MAX_BATCH:
+            for i in range(part.num_rows):
+                yield from _values(part.slice(i, 1), file, first + at + i)
+            continue
         try:
             if not sound:
                 part.validate(full=True)
+            if part.nbytes > MAX_BATCH:
+                raise ValueError(f"a row of {part.nbytes:,} bytes, more than {MAX_BATCH:,}")
             contents = part.to_pylist()
         except _ERRORS as error:
             yield BadRow(file, first + at, f"damaged: {brief(error)}", rows=part.num_rows)
@@ -101,7 +108,17 @@ class Parquet:
 
     def _batches(self, group: int) -> Iterator[pa.RecordBatch]:
         columns = [name for name in self._parquet().schema_arrow.names if self._wanted(name)]
-        return self._parquet().iter_batches(batch_size=ROWS, row_groups=[group], columns=columns, use_threads=False)
+        return self._parquet().iter_batches(batch_size=self._step(group), row_groups=[group], columns=columns, use_threads=False)
+
+    def _step(self, group: int) -> int:
+        """Rows to read at once, by what its footer says of their size; raises ValueError for rows that no memory holds."""
+        found = self._parquet().metadata.row_group(group)
+        chunks = (found.column(i) for i in range(found.num_columns))
+        size = sum(c.total_uncompressed_size for c in chunks if self._wanted(c.path_in_schema.partition(".")[0]))
+        each = size // max(1, found.num_rows)
+        if each > MAX_BATCH:
+            raise ValueError(f"rows of {each:,} bytes, more than {MAX_BATCH:,}")
+        return max(1, min(ROWS, MAX_BATCH // max(1, each)))
 
     def rows(self) -> Iterator[Row | BadRow]:
         starts = self._starts()

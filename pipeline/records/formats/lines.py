@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from pipeline.core import PipelineError, brief
-from pipeline.records.formats.row import MAX_ROW, BadRow, Row
+from pipeline.records.formats.row import MAX_ROW, MAX_VALUES, BadRow, Row, too_many_values
 from pipeline.records.images import ImageError
 from pipeline.records.record import load_json
 
@@ -28,6 +28,8 @@ def read_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
 
 def parse_object(text: str, *, where: str) -> dict[str, Any]:
     """A JSON object; raises `PipelineError` naming `where` for anything else."""
+    if too_many_values(text):
+        raise PipelineError(f"more than {MAX_VALUES:,} values in one row", where=where)
     try:
         content = load_json(text)
     except (ValueError, RecursionError) as error:

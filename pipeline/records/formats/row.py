@@ -12,6 +12,7 @@ from pipeline.core import PipelineError
 from pipeline.records.record import Record
 
 MAX_ROW = 64 << 20  # bytes of one row's text: a file without line ends is one row too long, not an empty memory
+MAX_VALUES = 1_000_000  # of one row: each takes dozens of bytes of memory, and two of its text
 MEND = "mend or remove the row"
 
 
@@ -87,6 +88,15 @@ class Reader(Protocol):
     def content(self, key: int) -> dict[str, Any]:
         """The content of one row, image bytes included; raises `PipelineError` when there is no such row any more."""
         ...
+
+
+def too_many_values(text: str | bytes) -> bool:
+    """Whether a row's text holds more values than any row has, by the marks between them."""
+    if len(text) < 2 * MAX_VALUES:
+        return False
+    if isinstance(text, str):
+        return sum(map(text.count, (",", "[", "{", "\t", ";"))) > MAX_VALUES
+    return sum(map(text.count, (b",", b"[", b"{", b"\t", b";"))) > MAX_VALUES
 
 
 def place(file: str, row: int | str) -> str:

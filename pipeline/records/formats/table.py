@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from pipeline.core import PipelineError, brief
 from pipeline.records.formats.lines import read_lines
-from pipeline.records.formats.row import MAX_ROW, BadRow, Row
+from pipeline.records.formats.row import MAX_ROW, MAX_VALUES, BadRow, Row, too_many_values
 from pipeline.records.images import ImageError
 
 DELIMITERS = ("\t", ",", ";")
@@ -37,6 +37,8 @@ class _Lines:
             self.first, self.offset, self._fresh = self.number, offset, False
         if line is None:
             raise ValueError(f"a line longer than {MAX_ROW >> 20} MiB")
+        if too_many_values(line):
+            raise ValueError(f"more than {MAX_VALUES:,} values in one line")
         return line.decode("utf-8-sig" if offset == 0 else "utf-8", "surrogateescape")
 
 

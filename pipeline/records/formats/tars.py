@@ -15,11 +15,12 @@ from pipeline.core import PipelineError, brief
 from pipeline.records.formats.folder import sidecar_content
 from pipeline.records.formats.lines import parse_object
 from pipeline.records.formats.row import MAX_ROW, UNREAD, BadRow, Row
-from pipeline.records.images import ImageError
+from pipeline.records.images import MAX_FILE, ImageError
 
 TEXTS = ("txt", "caption", "text")
 _PICTURE = re.compile(r"(?:(\d{1,6})\.)?(jpg|jpeg|png|webp|gif|bmp|tif|tiff)", re.IGNORECASE)
 _BLOCK = 512
+_LONGEST_HEADER, _HEADERS = 1 << 20, 8
 
 
 @dataclass(slots=True)
@@ -99,7 +100,12 @@ def _members(file: BinaryIO, offset: int) -> Iterator[tarfile.TarInfo | str]:
     try:
         file.seek(offset)
         archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - `file` is the caller's
-        while (member := archive.next()) is not None:
+        while True:
+            if problem := _long_header(file, archive.offset):
+                yield problem
+                return
+            if (member := archive.next()) is None:
+                break
             vars(archive)["members"].clear()  # else every member of a tar of millions is kept
             if member.offset < end or archive.offset <= member.offset or member.size < 0:
                 yield f"a header at byte {member.offset:,} that leads backwards"
@@ -117,6 +123,20 @@ def _members(file: BinaryIO, offset: int) -> Iterator[tarfile.TarInfo | str]:
         yield f"cut or damaged at byte {end:,}: the blocks that close a tar are missing"
 
 
+def _long_header(file: BinaryIO, offset: int) -> str:
+    """What is wrong with the headers in front of the next member: the library reads them whole, however long they say they are."""
+    for _ in range(_HEADERS):
+        file.seek(offset)
+        block = file.read(_BLOCK)
+        if len(block) < _BLOCK or block[156:157] not in (b"x", b"g", b"X", b"L", b"K"):
+            return ""
+        size = tarfile.nti(block[124:136])  # type: ignore[attr-defined]
+        if not 0 <= size <= _LONGEST_HEADER:
+            return f"a header of {size:,} bytes at byte {offset:,}, more than {_LONGEST_HEADER:,}"
+        offset += _BLOCK + -(-size // _BLOCK) * _BLOCK
+    return f"more than {_HEADERS} headers in front of the member at byte {offset:,}"
+
+
 def _content(file: BinaryIO, sample: _Sample, *, read: bool) -> dict[str, Any]:
     """What a sample says; its pictures' bytes only when asked for."""
     pictures: list[tuple[int, Any]] = []
@@ -125,6 +145,8 @@ def _content(file: BinaryIO, sample: _Sample, *, read: bool) -> dict[str, Any]:
     row = None
     for extension, offset, size in sample.members:
         found = _PICTURE.fullmatch(extension)
+        if found and size > MAX_FILE:
+            raise PipelineError(f"its .{extension} has {size:,} bytes, more than {MAX_FILE:,}")
         if found:
             picture = (_bytes(file, offset, size) if read else UNREAD) if size else b""
             pictures.append((int(found[1]) if found[1] else -1, picture))
