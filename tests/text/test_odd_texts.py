@@ -118,3 +118,17 @@ def test_a_family_that_cannot_be_trained_is_known_before_anything_is_encoded(tmp
 def test_a_family_that_can_be_has_no_fault(tmp_path: Path, kind: str) -> None:
     make_tokenizer(FAMILIES["Llama 3.2"], kind).save_pretrained(tmp_path)
     assert template_faults(LanguageModel(model=str(tmp_path), revision="", image_token=IMAGE, date=DATE)) == []
+
+
+@pytest.mark.parametrize("name", ["Vicuna", "Llama 3"])
+def test_an_answer_that_is_not_trained_is_read_and_not_supervised(tmp_path: Path, name: str) -> None:
+    builder = builder_of(tmp_path, name)
+    talk = [
+        Turn("user", ("What?",)),
+        Turn("assistant", ("A cat.",), trained=False),
+        Turn("user", ("Sure?",)),
+        Turn("assistant", ("Yes.",)),
+    ]
+    half, both = builder.build(talk), builder.build([Turn(turn.role, turn.parts) for turn in talk])
+    assert half.ids.tolist() == both.ids.tolist()
+    assert (len(both.spans), half.spans) == (2, both.spans[1:])
