@@ -20,6 +20,7 @@ from pipeline.core.errors import (
     final_name,
 )
 from pipeline.core.files import (
+    is_left_over,
     link_or_copy,
     main_checkout,
     make_folder,
@@ -33,7 +34,7 @@ from pipeline.core.files import (
 from pipeline.core.fingerprint import fingerprint
 from pipeline.core.frame import LAUNCHED, as_line, debugging, exit_on_error, run_command, take_debug
 from pipeline.core.grid import merged_tokens
-from pipeline.core.locks import hold, is_held
+from pipeline.core.locks import hold, is_alive, is_held
 from pipeline.core.prefetch import patience, prefetch
 from pipeline.core.processes import SAFE_FORK, die_with_parent, end_process, fork_process
 from pipeline.core.project import enter_project, in_project, named_by
@@ -65,7 +66,9 @@ __all__ = [
     "fork_process",
     "hold",
     "in_project",
+    "is_alive",
     "is_held",
+    "is_left_over",
     "is_signed",
     "link_or_copy",
     "main_checkout",

@@ -146,6 +146,16 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
         release(handle)
 
 
+def is_left_over(path: Path) -> bool:
+    """Whether a path is a temporary one whose writer is gone."""
+    match = TEMPORARY.fullmatch(path.name)
+    handle = is_abandoned(path, int(match[2]), match[3]) if match else None
+    if handle is None:
+        return False
+    release(handle)
+    return True
+
+
 def main_checkout(folder: Path | None = None) -> Path:
     """The checkout that owns this workspace: DVC's temporary workspaces lie under its .dvc folder."""
     here = (folder or Path()).resolve()

@@ -106,7 +106,7 @@ def is_abandoned(path: Path, process: int, host: str) -> int | None:
         return None
     got = _lock(handle)
     if got is None:  # no locks here: another machine's processes cannot be asked
-        got = host == machine() and process != os.getpid() and not _is_alive(process)
+        got = host == machine() and process != os.getpid() and not is_alive(process)
     if got:
         return handle
     os.close(handle)
@@ -125,7 +125,7 @@ def _take(path: Path) -> int | None:
         _warn(path.parent)
         said = _said(path)
         other = int(str(said.get("pid", 0)))
-        got = not (said.get("machine") == machine() and other not in (0, os.getpid()) and _is_alive(other))
+        got = not (said.get("machine") == machine() and other not in (0, os.getpid()) and is_alive(other))
     if got and _is_at(handle, path):
         _held.add(handle)
         return handle
@@ -177,7 +177,8 @@ def _command() -> str:
     return text if len(text) <= 120 else text[:119] + "…"
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
