@@ -23,7 +23,7 @@ from pipeline.core.errors import DEFECT, RESOURCE, PipelineError, brief
 DEBUG = "GLANCE_DEBUG"
 LAUNCHED = "GLANCE_SAID"  # set in the processes of a launch, whose launcher tells an unexpected error once for all
 CLOSED = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1  # what a shell sees when `| head` has had enough
-GRACE = 5.0  # seconds that threads have to come back when a run has failed
+GRACE = 2.0  # seconds that threads have to come back when a run has failed
 _NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 _REMEDIES = {
     errno.EMFILE: "raise the number of files a process may open: ulimit -n 4096",

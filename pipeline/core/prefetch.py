@@ -15,7 +15,7 @@ from pipeline.core.errors import RESOURCE, PipelineError
 
 Job = TypeVar("Job")
 Made = TypeVar("Made")
-GRACE = 5.0  # seconds that threads have to finish what they are at when nobody wants it any more
+GRACE = 2.0  # seconds that threads have to finish what they are at when nobody wants it any more
 
 
 def patience() -> float:
