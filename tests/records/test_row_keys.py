@@ -103,7 +103,7 @@ HARMLESS = {
     "width": 3, "height": 4, "hash": "ab", "sha256": "cd", "license": "MIT", "similarity": 0.3, "NSFW": "UNLIKELY", "imageId": "7",
     "relevance_ratings": [4, 5], "relevance_min": 4, "answer_type": "yes/no", "human_or_machine": 0, "metadata": {"a": 1},
     "created_at": "2024", "model": "gpt4", "aesthetic_score": 6.1, "num_tokens": 12, "lang": "en", "weight": 1, "train": True,
-    "__index_level_0__": 4, "dataset": "vqa", "width_list": [1, 2], "timestamp": 1.5, "topic": "cats",
+    "loss": "True", "__index_level_0__": 4, "dataset": "vqa", "width_list": [1, 2], "timestamp": 1.5, "topic": "cats",
 }  # fmt: skip
 
 

@@ -218,7 +218,7 @@ def refuse_unread(content: dict[str, Any], look: Look, where: str, *, shows: Cal
     """Raises `PipelineError` for the first key of a row that says something and is not read; `shows`: whether it has pictures."""
     for key in look.closely:
         value = content[key]
-        if not is_blank(value) and not (_plain(key) in _ROW_MASKS and value in (1, "1")):
+        if not is_blank(value) and not (_plain(key) in _ROW_MASKS and value in (1, "1", "true", "True")):
             raise not_read(key, where)
     for key in look.pointers:
         values = content[key] if isinstance(content[key], list) else [content[key]]
