@@ -107,7 +107,7 @@ def _our_model(world: World, turn: Turn, encoder: Encoder, table: TokenTable) ->
     torch.manual_seed(SEED)
     model = VisionLanguageModel(build_projector("linear", encoder.width, hidden_size(language_model)), language_model)
     longest = LONGEST if turn.share_images else int(table.lengths.max())
-    model.language_model.set_attn_implementation(choose_attention(model.language_model.config, CPU, longest))
+    model.language_model.set_attn_implementation(choose_attention(model.language_model, CPU, longest))
     freeze(model, "projector" if frozen else "all")
     return model
 

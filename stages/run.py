@@ -8,7 +8,8 @@ from typing import Any
 
 from pipeline.core import PipelineError, exit_on_error, hold, quiet_libraries, take_debug, write_json
 from pipeline.params import StageParams, load_for_stage, read_yaml
-from stages.launch import launch, require_devices
+from stages.launch import SAID, launch, require_devices
+from stages.preflight import run_preflight
 
 LOCKS = Path(".dvc/tmp/locks")
 PARALLEL = ("extract", "pretrain", "sft")
@@ -32,6 +33,8 @@ def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
         quiet_libraries()
         params = load_for_stage(name)
         _require_listed_models(name, params)
+        if os.environ.get("RANK", "0") == "0" and SAID not in os.environ:  # else the launcher has looked
+            run_preflight()
         if params.runtime.processes > 1 and "RANK" not in os.environ and name in PARALLEL:
             require_devices(params.runtime.processes, params.runtime.device)
             launch(f"stages.{name}", params.runtime.processes)

@@ -97,7 +97,7 @@ class Ours:
     def __post_init__(self) -> None:
         precision = pick_precision("auto", self.device)
         self._accelerator = Accelerator(mixed_precision=MIXED[precision], cpu=self.device.type == "cpu")
-        attention = choose_attention(self.model.language_model.config, self.device, int(self.table.lengths.max()))
+        attention = choose_attention(self.model.language_model, self.device, int(self.table.lengths.max()))
         self.model.language_model.set_attn_implementation(attention)
         self._packed = attention == PACKED
         freeze(self.model, self.train)

@@ -4,6 +4,7 @@ survey      one pass over a data set's rows, in constant memory, into a `Report`
 pictures    every distinct picture read, its header checked, decoded
 lengths     rows as the language model will see them: token counts, what is cut or refused
 costs       features on disk and extraction time
+preflight   what stands in the way of a run, before any of it; the stages begin with it
 terminal    a report for the terminal; `page` one HTML file of all reports
 """
 

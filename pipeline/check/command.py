@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pipeline.check.costs import Shape, context_of, encoder_shape, extraction_rate
 from pipeline.check.facts import Model, cost
 from pipeline.check.page import write_page
+from pipeline.check.preflight import preflight
 from pipeline.check.survey import Report, Settings, Subject, survey
 from pipeline.check.terminal import clean, open_console, show
 from pipeline.core import BAD_ROWS, PipelineError, enter_project, exit_on_error, make_folder, merged_tokens, quiet_libraries
@@ -78,10 +79,13 @@ def _check(asked: Asked, params: Params) -> None:
     if asked.html:
         _require_page(asked.html)
     subjects = open_all(asked, params)  # all of them first: a misspelt name ends it before an hour of reading
+    found = [] if asked.data else preflight(params)
     shape, builder, problem = load_builder(params)
     settings = Settings(builder, params.tokenize, not asked.headers_only, EXAMPLES if asked.html else 0)
     model = Model(params.tokenize, shape, context_of(params.llm), problem, params.projector.factor)
     console, reports = open_console(), []
+    for finding in found:
+        console.print(f"{'note' if finding.note else 'fault'}: {clean(finding.line())}", soft_wrap=True, markup=False)
     for subject in subjects:
         with tqdm(desc=f"check {clean(subject.title)}", unit="row", mininterval=0.5, leave=False, disable=None) as bar:
             reports.append(survey(subject, settings, bar.update))
@@ -99,6 +103,10 @@ def _check(asked: Asked, params: Params) -> None:
     if not asked.data:
         _require_pictures(reports, params)
     _judge(console, reports, shared, verdict)
+    if faults := sum(not finding.note for finding in found):
+        raise PipelineError(
+            f"the data are sound, and {faults} faults stand in the way of a run", remedy="they are listed above first"
+        )
 
 
 def _require_page(path: Path) -> None:

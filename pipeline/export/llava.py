@@ -28,13 +28,16 @@ from transformers import (
 from pipeline.core import ARTEFACT, PipelineError, set_mode
 from pipeline.core.devices import DTYPES
 from pipeline.export.source import Source
+from pipeline.vlm.model import (
+    LAYERS,
+    backbone,
+    backbone_name,
+    logit_factor,
+    out_of_place,
+    output_head,
+    require_place,
+)
 
-# Our projector's place in the nn.Sequential -> its name in the class it is exported to.
-LAYERS: dict[str, dict[str, str]] = {
-    "linear": {"0": "linear_1"},
-    "mlp": {"0": "linear_1", "2": "linear_2"},
-    "norm_mlp": {"0": "projector_layernorm", "1": "linear_1", "3": "linear_2"},
-}
 LAYER_KEYS = ("vision_feature_layer", "vision_feature_layers")
 ACTIVATION = {"linear": "linear", "mlp": "gelu_pytorch_tanh", "norm_mlp": "gelu"}
 
@@ -42,27 +45,16 @@ ACTIVATION = {"linear": "linear", "mlp": "gelu_pytorch_tanh", "norm_mlp": "gelu"
 def check_exportable(source: Source) -> None:
     """Raises `PipelineError` where no Transformers class computes what this pipeline does."""
     source.check_vision("Transformers' LLaVA")
-    if source.kind not in LAYERS:
-        raise PipelineError(
-            f"Transformers' LLaVA has no place for a projector of kind {source.kind}",
-            where="projector.kind",
-            remedy="train with projector.kind: mlp",
-        )
-    if source.has_cls:
-        return
     tower = source.encoder.tower.config
-    if source.kind == "norm_mlp":
+    layer, depth = source.manifest.vision["layer"], tower.num_hidden_layers
+    require_place(source.kind, family=tower.model_type, has_cls=source.has_cls, layer=layer, layers=depth)
+    if problem := out_of_place(source.language_model):
         raise PipelineError(
-            "VipLlava, the only class with a LayerNorm first, drops an encoder's first token, and this encoder has no CLS token",
-            where="projector.kind",
-            remedy="train with projector.kind: mlp, or a CLIP encoder",
+            problem, where="llm.model", remedy="python -m pipeline.chat runs it; to export, choose another", code=ARTEFACT
         )
-    if source.manifest.vision["layer"] == -1:
-        raise PipelineError(
-            f"the last hidden state of a {tower.model_type} has passed a LayerNorm that LLaVA leaves out",
-            where="vision.layer",
-            remedy=f"train with vision.layer: {tower.num_hidden_layers} (before that LayerNorm) or -2",
-        )
+    if logit_factor(source.language_model) is None:
+        problem = f"{type(source.language_model).__name__} does more to its logits than a factor, which LLaVA leaves out"
+        raise PipelineError(problem, where="llm.model", remedy="choose another llm.model", code=ARTEFACT)
 
 
 def build_config(source: Source, dtype: str) -> PreTrainedConfig:
@@ -71,6 +63,7 @@ def build_config(source: Source, dtype: str) -> PreTrainedConfig:
     kind, encoder = source.kind, source.encoder
     text, vision = deepcopy(source.language_model.config), deepcopy(encoder.tower.config)
     text.architectures = [type(source.language_model).__name__]  # vLLM finds the inner model by it
+    text.tie_word_embeddings = is_tied(source.language_model)
     text._name_or_path = vision._name_or_path = ""  # where they lay on this machine is nobody's business
     settings: dict[str, Any] = {
         "vision_config": vision,
@@ -79,7 +72,7 @@ def build_config(source: Source, dtype: str) -> PreTrainedConfig:
         "image_seq_length": encoder.tokens,
         "projector_hidden_act": ACTIVATION[kind],
         "vision_feature_layer": source.depth - vision.num_hidden_layers - 1,
-        "tie_word_embeddings": bool(text.tie_word_embeddings),
+        "tie_word_embeddings": text.tie_word_embeddings,
     }
     if kind == "norm_mlp":
         norm: Any = source.model.projector[0]
@@ -121,28 +114,34 @@ def projector_tensors(projector: nn.Sequential, kind: str) -> dict[str, torch.Te
     return tensors
 
 
+def is_tied(language_model: PreTrainedModel) -> bool:
+    """Whether the exported vocabulary projection is the embedding table, under the only name by which LLaVA ties it."""
+    own, table = backbone(language_model), language_model.get_input_embeddings()
+    tied = output_head(language_model).weight is getattr(table, "weight", None)
+    return tied and getattr(own, "embed_tokens", None) is table and logit_factor(language_model) == 1
+
+
 def language_tensors(language_model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """The language model's tensors as Transformers writes them to disk, under llava-hf's names.
 
-    Through a file, because a model in memory can be laid out otherwise (a mixture's experts are stacked there).
+    Through a file, because a model in memory can be laid out otherwise (a mixture's experts are stacked there). A family's
+    constant factor on its logits goes into the projection to the vocabulary.
     """
-    inner = f"{language_model.base_model_prefix}."
+    inner, head = f"{backbone_name(language_model)}.", output_head(language_model)
     with tempfile.TemporaryDirectory() as folder:
         language_model.save_pretrained(folder)
         for path in sorted(Path(folder).glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (no dict)
-                    yield f"language_model.{_canonical(name, inner, language_model)}", file.get_tensor(name)
-
-
-def _canonical(name: str, inner: str, language_model: PreTrainedModel) -> str:
-    if name.startswith(inner):
-        return f"model.{name.removeprefix(inner)}"
-    head: Any = language_model.get_output_embeddings()
-    heads = [key for key, module in language_model.named_modules() if module is head]
-    if name in {f"{key}.weight" for key in heads}:
-        return "lm_head.weight"
-    raise PipelineError(f"LLaVA has no place for {name} of {type(language_model).__name__}", where="llm.model", code=ARTEFACT)
+                    if name.startswith(inner):
+                        yield f"language_model.model.{name.removeprefix(inner)}", file.get_tensor(name)
+                    elif file.get_slice(name).get_shape() != list(head.weight.shape):  # named otherwise on disk by some
+                        problem = f"LLaVA has no place for {name} of {type(language_model).__name__}"
+                        raise PipelineError(problem, where="llm.model", code=ARTEFACT)
+    if not is_tied(language_model):
+        factor = logit_factor(language_model)
+        assert factor is not None  # `check_exportable`
+        yield "language_model.lm_head.weight", head.weight.detach() * factor
 
 
 def _save_config(config: PreTrainedConfig, folder: Path) -> None:

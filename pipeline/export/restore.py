@@ -13,17 +13,27 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedConfig, VipLlavaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedConfig, VipLlavaConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pipeline.core import ARTEFACT, PipelineError, brief, publish_folder, writing
 from pipeline.core.loading import read_pretrained
-from pipeline.export.llava import LAYERS
 from pipeline.export.marker import check_target, read_marker
 from pipeline.export.processor import own_template
 from pipeline.features import TOWERS, Encoder
 from pipeline.text import DATE, PromptBuilder
-from pipeline.vlm.model import Manifest, VisionLanguageModel, build_projector, checkpoint, hidden_size, load_language_model
+from pipeline.vlm.model import (
+    LAYERS,
+    Manifest,
+    VisionLanguageModel,
+    backbone_name,
+    build_projector,
+    checkpoint,
+    hidden_size,
+    load_language_model,
+    logit_factor,
+    output_head,
+)
 
 PARTS = {"language_model": "language_model.", "projector": "multi_modal_projector.", "tower": "vision_tower."}
 
@@ -121,7 +131,7 @@ def _language_model(
     folder: Path, work: Path, config: Any, tensors: dict[str, torch.Tensor], manifest: Manifest, projector: nn.Sequential
 ) -> tuple[VisionLanguageModel, PromptBuilder]:
     """A folder with the language model alone, as Transformers writes one, opened the way every stage opens one."""
-    save_torch_state_dict(tensors, work, metadata={"format": "pt"})
+    save_torch_state_dict(_own_names(tensors, config.text_config), work, metadata={"format": "pt"})
     config.text_config.save_pretrained(work)
     GenerationConfig(eos_token_id=config.text_config.eos_token_id, pad_token_id=config.text_config.pad_token_id).save_pretrained(
         work
@@ -135,6 +145,9 @@ def _language_model(
     tokenizer.save_pretrained(work)
     language_model = load_language_model(str(work))
     language_model.config._name_or_path = ""
+    if (factor := logit_factor(language_model)) not in (None, 1):  # the export has it in the projection to the vocabulary
+        with torch.no_grad():
+            output_head(language_model).weight /= factor
     if hidden_size(language_model) != manifest.projector["hidden"]:
         raise PipelineError(
             "language model and projector do not fit together", where=str(folder), remedy="export again", code=ARTEFACT
@@ -142,6 +155,18 @@ def _language_model(
     tokens = int(config.image_seq_length)
     builder = PromptBuilder(str(work), image_token=manifest.llm["image_token"], tokens=tokens, date=manifest.llm.get("date", DATE))
     return VisionLanguageModel(projector, language_model), builder
+
+
+def _own_names(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """llava-hf's names of a language model's tensors -> those of its own class."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    head = next(name for name, module in skeleton.named_modules() if module is output_head(skeleton))
+    names = {"model.": f"{backbone_name(skeleton)}.", "lm_head.": f"{head}."}
+    return {
+        next((own + name.removeprefix(theirs) for theirs, own in names.items() if name.startswith(theirs)), name): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _write_encoder(

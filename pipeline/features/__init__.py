@@ -10,7 +10,7 @@ sources      what training asks for features: the store or the live encoder
 from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder, load_encoder
 from pipeline.features.encoder.preprocess import Preprocessor
-from pipeline.features.encoder.tower import ANY_SIZE, TOWERS
+from pipeline.features.encoder.tower import ANY_SIZE, TOWERS, side_of, tower_class
 from pipeline.features.extraction import Extraction, Processes, extract
 from pipeline.features.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
 from pipeline.features.store.row_format import Float16Format, Int8Format, RowFormat
@@ -36,4 +36,6 @@ __all__ = [
     "extract",
     "load_encoder",
     "row_bytes",
+    "side_of",
+    "tower_class",
 ]

@@ -84,7 +84,7 @@ def test_shared_pictures_and_packing_together_are_each_row_alone(
 @needs_gpu
 def test_a_gpu_packs_a_family_that_can_be_packed(world: World) -> None:
     """Or the comparisons of this file would be of what no run uses."""
-    assert choose_attention(world.model("all").language_model.config, DEVICE, 512) == PACKED
+    assert choose_attention(world.model("all").language_model, DEVICE, 512) == PACKED
 
 
 @pytest.fixture(scope="module")

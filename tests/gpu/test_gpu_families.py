@@ -45,8 +45,7 @@ def llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_these_are_not_packed_while_all_of_them_trains(llms: dict[str, Path], world: World, family: str) -> None:
     """A router that trains counts the tokens of rows of its own, and a window is no mask of ours."""
     model = world.model("all", llm=llms[family])
-    config = model.language_model.config
-    assert choose_attention(config, DEVICE, 256, router_trains=model.router_trains) != PACKED
+    assert choose_attention(model.language_model, DEVICE, 256, router_trains=model.router_trains) != PACKED
 
 
 @family

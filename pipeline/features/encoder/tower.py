@@ -71,7 +71,7 @@ class InPlaceQuickGelu(QuickGELUActivation):
 
 def load_tower(model: str, revision: str, attention: str = "sdpa") -> PreTrainedModel:
     config = read_pretrained(AutoConfig, model, where="vision.model", revision=revision)
-    family = _family(model, config.model_type)
+    family = tower_class(model, config.model_type)
     shape = getattr(config, "vision_config", config)
     for key in ("image_size", "patch_size", "hidden_size", "num_hidden_layers"):
         if type(value := getattr(shape, key, None)) is not int or value < 1:
@@ -98,7 +98,8 @@ def skip_pooling(tower: PreTrainedModel) -> None:
             module.use_head = False
 
 
-def _family(model: str, kind: str) -> type[PreTrainedModel]:
+def tower_class(model: str, kind: str) -> type[PreTrainedModel]:
+    """The vision tower's class of a `model_type`; raises `PipelineError` for one that gives no plain grid of patches."""
     if kind in TOWERS:
         return TOWERS[kind]
     known = ", ".join(sorted(name for name in TOWERS if not name.endswith("_vision_model")))

@@ -12,7 +12,7 @@ from pipeline.vlm.batches.loader import BatchLoader, MicroBatch
 from pipeline.vlm.batches.packing import BLOCK, row_budget
 from pipeline.vlm.batches.plan import split_by_tokens
 from pipeline.vlm.batches.schedule import Execution, Schedule
-from pipeline.vlm.batches.sharing import LONGEST, PAYS, Sharing, find_sharing
+from pipeline.vlm.batches.sharing import LONGEST, PAYS, Sharing, branch_layout, find_sharing
 
 __all__ = [
     "BLOCK",
@@ -25,6 +25,7 @@ __all__ = [
     "MicroBatch",
     "Schedule",
     "Sharing",
+    "branch_layout",
     "find_sharing",
     "row_budget",
     "split_by_tokens",

@@ -1,11 +1,12 @@
-"""Which attention a language model trains and is measured with, by its family and the device, and the mask of shared rows."""
+"""Which attention a language model trains and is measured with, by what it has and the device, and the mask of shared rows."""
 
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from transformers import PretrainedConfig, masking_utils
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from pipeline.core.attention import GROUPED
 from pipeline.vlm.model.ordered_attention import ORDERED
@@ -14,21 +15,26 @@ from pipeline.vlm.model.packed_attention import NARROWEST, PACKED
 FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"}  # softmax over rotated queries and keys, no more
 
 
-def choose_attention(config: PretrainedConfig, device: torch.device, longest: int, *, router_trains: bool = False) -> str:
+# Where configurations say how far back some of their layers look
+WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "local_attention")
+
+
+def choose_attention(language_model: PreTrainedModel, device: torch.device, longest: int, *, router_trains: bool = False) -> str:
     """The name of the attention to train and measure with; the longest row has `longest` tokens. All compute the same.
 
     On a GPU the packed one, for families it fits, unless a router trains, which counts tokens of rows that are its own; else
     sdpa, in an order that gives the same bits again.
     On a CPU ours (`pipeline.core.attention`), up to the length where its [T, T] scores cost more memory than they save
-    time; for other families eager, whose backward is faster than sdpa's below 512 tokens.
+    time; for other families eager, whose backward is faster than sdpa's below 512 tokens. Eager is all that some have.
     """
+    config = language_model.config
     if can_pack(config, device) and not router_trains:
         return PACKED
-    if device.type != "cpu":
-        return ORDERED if device.type == "cuda" else "sdpa"
-    if config.model_type in FAMILIES and longest <= 1024:
+    if device.type == "cpu" and config.model_type in FAMILIES and longest <= 1024:
         return GROUPED
-    return "eager" if longest <= 512 else "sdpa"
+    if not language_model._supports_sdpa or (device.type == "cpu" and longest <= 512):
+        return "eager"
+    return ORDERED if device.type == "cuda" and language_model._supports_attention_backend else "sdpa"
 
 
 def can_pack(config: PretrainedConfig, device: torch.device) -> bool:
@@ -50,7 +56,12 @@ def is_plain(config: PretrainedConfig) -> bool:
 
 def sliding_window(config: PretrainedConfig) -> int | None:
     """Tokens that a language model's attention looks back, or None where it sees all: only then masks are ours to make."""
-    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if kinds and not any("sliding" in kind or "chunked" in kind or "local" in kind for kind in map(str, kinds)):
+        return None  # a length that no layer asks for
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    return next((found for name in WINDOWS if isinstance(found := getattr(config, name, None), int) and found > 0), None)
 
 
 @contextmanager
@@ -72,3 +83,12 @@ def branch_mask(branch: torch.Tensor) -> torch.Tensor:
     order = torch.arange(branch.shape[1], device=branch.device)
     query, key = branch[:, :, None], branch[:, None, :]
     return ((order[:, None] >= order[None]) & ((query == key) | (key == 0)))[:, None]
+
+
+def mask_for(seen: torch.Tensor, language_model: PreTrainedModel) -> torch.Tensor:
+    """A mask bool [B, 1, T, T] as the attention in use takes it: sdpa asks for booleans, eager and ours add numbers."""
+    if language_model.config._attn_implementation not in ("eager", GROUPED):
+        return seen
+    weight: Any = language_model.get_input_embeddings().weight
+    dtype: torch.dtype = weight.dtype
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from pipeline.vlm.model.attention import FAMILIES
+from pipeline.vlm.model.roles import decoder_layers
 from pipeline.vlm.model.vlm import VisionLanguageModel
 
 
@@ -16,7 +17,7 @@ def compiled_layers(model: VisionLanguageModel, on: bool) -> Iterator[None]:
 
     It is taken off at the end, since generation would be compiled anew for the lengths it meets.
     """
-    layers = list(model.language_model.get_decoder().layers) if on else []
+    layers = list(decoder_layers(model.language_model)) if on else []
     if model.language_model.config.model_type in FAMILIES:
         layers = layers[:-1]
     for layer in layers:

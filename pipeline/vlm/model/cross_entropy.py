@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pipeline.vlm.model.roles import output_head
+
 MOST = 1 << 26  # logits at once: 256 MB in float32, and as much again for their gradient
-RESCALING = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # families that do more than a matrix product
 
 
 @contextmanager
@@ -20,8 +21,7 @@ def logits_only_at(positions: torch.Tensor, language_model: PreTrainedModel) -> 
     What a family does to its logits afterwards (scaling, a soft cap) it still does. `logits_to_keep` would take a mask only
     from Transformers 5.21 on, and on a GPU the host would wait to count it.
     """
-    head: Any = language_model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, inputs: (at(inputs[0], positions)[None],))
+    hook = output_head(language_model).register_forward_pre_hook(lambda _, inputs: (at(inputs[0], positions)[None],))
     try:
         yield
     finally:
@@ -34,9 +34,8 @@ def at(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def too_large(supervised: int, config: PretrainedConfig) -> bool:
-    """Whether the logits of so many supervised tokens should be made in pieces, and can be."""
-    plain = not any(getattr(config, name, None) for name in RESCALING)
-    return plain and supervised * config.get_text_config().vocab_size > MOST
+    """Whether the logits of so many supervised tokens should be made in pieces."""
+    return bool(supervised * config.get_text_config().vocab_size > MOST)
 
 
 def chunked_cross_entropy(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 import xxhash
 
+from pipeline.vlm.model.roles import decoder_layers
 from pipeline.vlm.model.sharding import full_tensor
 from pipeline.vlm.model.vlm import VisionLanguageModel
 
@@ -40,7 +41,7 @@ def freeze(model: VisionLanguageModel, train: str) -> dict[str, int]:
     if train == "all":
         language_model.requires_grad_(True)
     elif train == "projector+ends":
-        layers = language_model.get_decoder().layers
+        layers = decoder_layers(language_model)
         layers[0].requires_grad_(True)
         layers[-1].requires_grad_(True)
     is_mixture = getattr(language_model.config, "router_aux_loss_coef", None) is not None

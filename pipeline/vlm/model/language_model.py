@@ -24,16 +24,14 @@ def hidden_size(language_model: PreTrainedModel) -> int:
 def load_language_model(
     model: str, *, revision: str = "", dtype: torch.dtype = torch.float32, verified: bool = False
 ) -> PreTrainedModel:
-    """Any Transformers causal LM, strictly: a missing weight is an error, never a random one.
+    """Any Transformers causal LM, strictly: a missing weight is an error, never a random one; with sdpa where it has it.
 
     A folder that lists its files' checksums is verified first, unless it has just been. Raises `PipelineError`.
     """
     if not verified and is_signed(Path(model)):
         remedy = "make the folder anew, or delete its checksums.json where it was changed on purpose"
         verify(Path(model), remedy=remedy, alone=False)  # a tokenizer may have been added
-    language_model, info = load_pretrained(
-        AutoModelForCausalLM, model, where="llm.model", revision=revision, dtype=dtype, attn_implementation="sdpa"
-    )
+    language_model, info = load_pretrained(AutoModelForCausalLM, model, where="llm.model", revision=revision, dtype=dtype)
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
             raise PipelineError(

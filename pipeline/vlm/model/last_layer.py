@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.vlm.model.attention import FAMILIES
+from pipeline.vlm.model.roles import decoder_layers
 
 MULTIPLE = 64  # of positions: few shapes, since oneDNN keeps a program for each; position 0 fills up
 
@@ -23,7 +24,7 @@ def last_block_only_at(kept: torch.Tensor, language_model: PreTrainedModel) -> I
 
     Does nothing for families that are not known to be built so, and for layers that are compiled, which would be anew.
     """
-    layer: Any = language_model.get_decoder().layers[-1] if language_model.config.model_type in FAMILIES else None
+    layer: Any = decoder_layers(language_model)[-1] if language_model.config.model_type in FAMILIES else None
     if layer is None or "forward" in layer.__dict__:
         yield
         return

@@ -11,13 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pipeline.core.attention import GROUPED
 from pipeline.vlm.batches import Batch
-from pipeline.vlm.model.attention import branch_mask, unpacked_rows
+from pipeline.vlm.model.attention import branch_mask, mask_for, unpacked_rows
 from pipeline.vlm.model.cross_entropy import at, chunked_cross_entropy, logits_only_at, too_large
 from pipeline.vlm.model.language_model import hidden_size
 from pipeline.vlm.model.last_layer import last_block_only_at
 from pipeline.vlm.model.packed_attention import block_mask
+from pipeline.vlm.model.probing import has_plain_head
+from pipeline.vlm.model.roles import backbone, output_head
 from pipeline.vlm.model.splice import splice
 
 
@@ -31,6 +32,14 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.projector, self.language_model = projector, language_model
         self.router_trains = False
+        self._plain_head: bool | None = None
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether logits are the vocabulary projection and nothing more; tried out when first asked for."""
+        if self._plain_head is None:
+            self._plain_head = has_plain_head(self.language_model)
+        return self._plain_head
 
     @property
     def hidden_size(self) -> int:
@@ -60,30 +69,22 @@ class VisionLanguageModel(nn.Module):
             if self.router_trains:
                 raise ValueError("a router's loss counts tokens, which are not its own in rows that share or are packed")
             document, branch = batch.document, batch.branch
-            mask: Any = self._mask(branch) if document is None else block_mask(document, branch)
+            mask: Any = mask_for(branch_mask(branch), self.language_model) if document is None else block_mask(document, branch)
             extra = {"attention_mask": mask, "position_ids": batch.position}
         extra |= {"inputs_embeds": self.embed(batch.ids, features, batch.slot_row, batch.slot_start), "use_cache": False}
+        pieces = not self.router_trains and too_large(len(batch.labels), self.language_model.config) and self.plain_head
         # the same loss for less work: see `pipeline.vlm.model.last_layer`
         leaner = nullcontext() if self.router_trains else last_block_only_at(batch.loss_positions, self.language_model)
         with unpacked_rows(), leaner:
-            return self._loss(batch, extra)
+            return self._loss(batch, extra, pieces=pieces)
 
-    def _loss(self, batch: Batch, extra: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.router_trains and too_large(len(batch.labels), self.language_model.config):
-            states = at(self.language_model.get_decoder()(**extra).last_hidden_state, batch.loss_positions)  # [supervised, D]
-            loss = chunked_cross_entropy(self.language_model.get_output_embeddings(), states, batch.labels)
+    def _loss(self, batch: Batch, extra: dict[str, Any], *, pieces: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if pieces:
+            states = at(backbone(self.language_model)(**extra).last_hidden_state, batch.loss_positions)  # [supervised, D]
+            loss = chunked_cross_entropy(output_head(self.language_model), states, batch.labels)
             return loss, loss.new_zeros(())
         with logits_only_at(batch.loss_positions, self.language_model):
             output = self.language_model(**extra)
         loss = F.cross_entropy(output.logits[0].float(), batch.labels, reduction="sum")  # logits [1, supervised, V]
         router = getattr(output, "aux_loss", None) if self.router_trains else None
         return loss, loss.new_zeros(()) if router is None else router * self.language_model.config.router_aux_loss_coef
-
-    def _mask(self, branch: torch.Tensor) -> torch.Tensor:
-        """Who sees whom, as the attention in use takes it: sdpa asks for booleans, eager and ours add numbers."""
-        seen = branch_mask(branch)
-        if self.language_model.config._attn_implementation not in ("eager", GROUPED):
-            return seen
-        weight: Any = self.language_model.get_input_embeddings().weight
-        dtype: torch.dtype = weight.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)

@@ -13,7 +13,15 @@ from pipeline.params import Dataset, StageParams, Training
 from pipeline.records import no_pictures
 from pipeline.text import PromptBuilder, TokenTable
 from pipeline.vlm.batches import LONGEST, Examples, Schedule, Sharing
-from pipeline.vlm.model import VisionLanguageModel, cast_frozen, checkpoint, choose_attention, freeze, language_model_files
+from pipeline.vlm.model import (
+    VisionLanguageModel,
+    cast_frozen,
+    checkpoint,
+    choose_attention,
+    freeze,
+    language_model_files,
+    require_fit,
+)
 from pipeline.vlm.training.loop import MIXED
 from pipeline.vlm.training.parts import check_start, choose_sharing, make_builder, make_model, open_feature_sources
 
@@ -78,6 +86,7 @@ def assemble(params: StageParams, training: Training, *, dataset: Dataset, name:
     if start is not None:
         check_start(params, encoder, builder, start)
     model = make_model(params, training, encoder, precision, start)
+    require_fit(model.language_model)
     own_llm = training.train != "projector" or (start is not None and checkpoint.read_manifest(start).own_llm)
     files = {} if own_llm else {"files": language_model_files(params.llm.model, revision=params.llm.revision)}
     shared = choose_sharing(training, model, table, name, accelerator)
@@ -135,7 +144,6 @@ def _set_attention(
     longest = max(int(table.lengths.max()) for table in tables)
     if any(found is not None for found in shared):
         longest = max(longest, LONGEST)
-    config = model.language_model.config
-    attention = choose_attention(config, device, longest, router_trains=model.router_trains)
+    attention = choose_attention(model.language_model, device, longest, router_trains=model.router_trains)
     model.language_model.set_attn_implementation(attention)
     return attention

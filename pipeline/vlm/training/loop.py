@@ -16,7 +16,15 @@ from accelerate import Accelerator
 
 from pipeline.vlm.batches import Batch, BatchLoader, Examples, Execution, MicroBatch, Schedule, row_budget
 from pipeline.vlm.evaluation import Heldout
-from pipeline.vlm.model import VisionLanguageModel, compiled_layers, full_tensor, reshard, shard_model, sync_gradients
+from pipeline.vlm.model import (
+    VisionLanguageModel,
+    compiled_layers,
+    decoder_layers,
+    full_tensor,
+    reshard,
+    shard_model,
+    sync_gradients,
+)
 from pipeline.vlm.training.callbacks import Callbacks
 from pipeline.vlm.training.optimizer import make_optimizer, make_scheduler, require_finite
 from pipeline.vlm.training.progress import Progress
@@ -87,7 +95,7 @@ class _Steps:
     ) -> None:
         self.model, self._schedule, self.accelerator, self._sharded = model, schedule, accelerator, sharded
         if sharded:
-            shard_model(model, model.language_model.get_decoder().layers)
+            shard_model(model, decoder_layers(model.language_model))
         optimizer = make_optimizer(model, lr=schedule.lr, weight_decay=schedule.weight_decay)
         self.checkpointer = callbacks.checkpointer
         self.history = self.checkpointer.start(model, optimizer, accelerator.scaler) if self.checkpointer else []

@@ -19,7 +19,7 @@ from pipeline.vlm.model import (
     checkpoint,
     hidden_size,
     load_language_model,
-    sliding_window,
+    mixes_conversations,
 )
 
 STORE = Path("data/features")
@@ -106,22 +106,22 @@ def choose_sharing(
 ) -> Sharing | None:
     """Which rows share their beginning, where params ask for it and the language model can have it.
 
-    `auto`: where it saves enough, and where masks cost little (not on a GPU for a family that is not packed there).
+    `auto`: where it saves enough, and where masks cost little (not on a GPU for a family that is not packed there). A language
+    model whose layers would mix such rows is found out by trying (`pipeline.vlm.model.probing`).
     """
     if not training.share_images:
         return None
     auto, config, device = training.share_images == "auto", model.language_model.config, accelerator.device
-    window = sliding_window(config)
-    if window is not None or getattr(config, "router_aux_loss_coef", None) is not None:
-        if auto:
-            return None
-        kind = "attends to a sliding window" if window is not None else "has a router that counts tokens"
-        raise PipelineError(f"{config.model_type} {kind}", where=f"{name}.share_images", remedy=f"set {name}.share_images: false")
     if auto and device.type != "cpu" and not can_pack(config, device):
         return None
     sharing = find_sharing(table)
     if auto and sharing.saved < PAYS:
         return None
+    if reason := mixes_conversations(model.language_model):
+        if auto:
+            accelerator.print(f"{name}: rows about one picture stay apart, since {config.model_type} {reason}", flush=True)
+            return None
+        raise PipelineError(f"{config.model_type} {reason}", where=f"{name}.share_images", remedy=f"set {name}.share_images: false")
     shared = f"{len(table):,} rows share {sharing.group.max() + 1:,} beginnings, {sharing.rows_a_group:.1f} each"
     accelerator.print(f"{name}: {shared}; {sharing.saved:.0%} of the tokens need no computing", flush=True)
     return sharing

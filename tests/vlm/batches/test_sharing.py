@@ -19,7 +19,7 @@ from pipeline.vlm.batches.plan import plan_epoch, split_by_tokens
 from pipeline.vlm.batches.schedule import Schedule
 from pipeline.vlm.batches.sharing import LONGEST, Sharing, branch_layout, find_sharing, no_sharing
 from pipeline.vlm.evaluation.loss import heldout_loss
-from pipeline.vlm.model.attention import branch_mask
+from pipeline.vlm.model.attention import branch_mask, mask_for
 from pipeline.vlm.model.vlm import VisionLanguageModel
 from pipeline.vlm.training.loop import train
 
@@ -111,7 +111,10 @@ def hidden(model: VisionLanguageModel, batch, source: StoredFeatures) -> torch.T
     embedded = model.embed(batch.ids, source.features(source.load(batch.slots)), batch.slot_row, batch.slot_start)
     with torch.no_grad():
         found = model.language_model.get_decoder()(
-            inputs_embeds=embedded, attention_mask=model._mask(batch.branch), position_ids=batch.position, use_cache=False
+            inputs_embeds=embedded,
+            attention_mask=mask_for(branch_mask(batch.branch), model.language_model),
+            position_ids=batch.position,
+            use_cache=False,
         )
     return found.last_hidden_state[0]
 

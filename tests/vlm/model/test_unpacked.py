@@ -42,9 +42,9 @@ def found(world: World, model: VisionLanguageModel) -> list[torch.Tensor]:
 
 
 def test_a_gpu_computes_with_it_what_it_does_not_pack(world: World, llm: Path) -> None:
-    config = world.model("all", llm=llm).language_model.config
-    config.attention_dropout = 0.1  # nothing that is packed
-    assert choose_attention(config, torch.device("cuda"), 100) == ORDERED
+    language_model = world.model("all", llm=llm).language_model
+    language_model.config.attention_dropout = 0.1  # nothing that is packed
+    assert choose_attention(language_model, torch.device("cuda"), 100) == ORDERED
 
 
 def test_it_is_sdpa_bit_for_bit_and_tells_torch_of_its_backward_passes_alone(
