@@ -4,5 +4,5 @@ assistant    the model put to use                    options      what both comm
 terminal     a talk, line by line                    many         a folder or a file of questions
 paths        pictures as a person names them         interrupts   what Ctrl-C does
 thumbnail    a picture in half blocks                transcript   a talk on disk
-web          the page
+web          the page served      page         what is on it      visitors     whose talk is whose      guard   what may reach it
 """

@@ -169,7 +169,7 @@ class Assistant:
         if self.context and len(prompt.ids) + sampling.max_new_tokens > self.context:
             raise PipelineError(
                 f"{len(prompt.ids)} tokens so far and up to {sampling.max_new_tokens} to come, the model holds {self.context}",
-                remedy="/reset, or fewer --max-tokens",
+                remedy="begin a new topic, or ask in fewer words",
             )
         return prompt
 
@@ -206,7 +206,7 @@ class Assistant:
         try:
             self._produce([prompt], features, sampling, streamer=streamer, stopping_criteria=StoppingCriteriaList([_Stop(stop)]))
         except (torch.OutOfMemoryError, MemoryError):
-            failure.append(PipelineError("no memory left for this answer", remedy="/reset, or --device cpu", code=RESOURCE))
+            failure.append(PipelineError("no memory left for this answer", remedy="begin a new topic", code=RESOURCE))
         except BaseException as error:
             failure.append(error)
         finally:

@@ -1,26 +1,27 @@
 """Talk about pictures in a browser: `python -m pipeline.web`, a page that only this machine can open.
 
-Reads models/sft (or --model), as `pipeline.chat` does. The page is Gradio's (the extra `web`). Nothing is kept here: a
-conversation is what the page shows, so retrying, undoing and clearing need no code of ours.
+Reads models/sft (or --model), as `pipeline.chat` does, and offers the models beside it. The page is Gradio's (the extra `web`).
+What people bring lies in a folder of its own until they close their page, and is gone when this ends.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+import socket
+import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.chat.guard import MAX_UPLOAD, Guard
 from pipeline.chat.options import Device, MaxTokens, Model, Seed, Temperature, TopP, require_model
 from pipeline.core import PipelineError, exit_on_error, in_project
 
 if TYPE_CHECKING:
-    import torch
+    from pipeline.chat.visitors import Visitors
 
-    from pipeline.chat.assistant import Assistant, Conversation, Sampling
-
-HOST = "127.0.0.1"  # whoever can open the page can read pictures from this machine
+HOST = "127.0.0.1"  # whoever can open the page can use this machine's model
+EXPERIMENTS = Path(".dvc/tmp/exps")
 
 
 def serve(
@@ -39,72 +40,74 @@ def serve(
 def _serve(model: Path, port: int, drawn: tuple[int, float, float, int], device: str) -> None:
     model = in_project(model)
     require_model(model)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    door = _door(port)
+    with tempfile.TemporaryDirectory(prefix="glance-page-") as folder:
+        gradio = load_gradio(Path(folder))
+        import uvicorn
+
+        from pipeline.chat.assistant import Assistant, Sampling
+        from pipeline.chat.visitors import Models, Visitors
+        from pipeline.core import quiet_libraries
+
+        quiet_libraries()
+        models = Models(find_models(model), lambda chosen: Assistant(chosen, device=device))
+        models.get(str(model))
+        app = build_app(gradio, Visitors(models, Path(folder)), Sampling(*drawn))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        print(f"http://{HOST}:{door.getsockname()[1]}   (Ctrl-C ends it)", flush=True)
+        try:
+            server.run(sockets=[door])
+        except KeyboardInterrupt:  # as it was asked to end
+            print(file=sys.stderr)
+
+
+def load_gradio(folder: Path) -> Any:
+    """Gradio, with its files in `folder`; raises `PipelineError` without the extra."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
     try:
         import gradio
     except ImportError:
-        raise PipelineError("the page needs Gradio", remedy="pip install -e '.[web]'") from None
-    from pipeline.chat.assistant import Assistant, Sampling
-    from pipeline.core import quiet_libraries
+        raise PipelineError("the page needs Gradio", remedy="pip install -c constraints.txt -e '.[web]'") from None
+    return gradio
 
-    quiet_libraries()
-    page = build(gradio, Assistant(model, device=device), Sampling(*drawn), title=f"Glance: {model}")
+
+def build_app(gradio: Any, visitors: "Visitors", sampling: Any) -> Any:
+    """The application, guarded."""
+    from fastapi import FastAPI
+
+    from pipeline.chat.page import CSS, build
+
+    page = build(gradio, visitors, sampling)
+    visitors.keep_files()
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard)
+    return gradio.mount_gradio_app(
+        app,
+        page,
+        path="",
+        server_name=HOST,
+        footer_links=[],
+        show_error=False,
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        css=CSS,
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+    )
+
+
+def find_models(chosen: Path) -> list[Path]:
+    """The model that was asked for, those beside it, and those of experiments that run in folders of their own."""
+    beside = [path.parent for path in chosen.parent.glob("*/glance.json")]
+    experiments = [path.parent for path in EXPERIMENTS.glob("*/models/*/glance.json")] if EXPERIMENTS.is_dir() else []
+    return list(dict.fromkeys([chosen, *sorted(beside), *sorted(experiments)]))
+
+
+def _door(port: int) -> socket.socket:
+    """The port, taken before a model is loaded."""
+    door = socket.socket()
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        page.launch(server_name=HOST, server_port=port, share=False, quiet=True, prevent_thread_lock=True)
+        door.bind((HOST, port))
     except OSError:
         raise PipelineError(f"port {port} is taken", remedy="give another --port") from None
-    print(f"http://{HOST}:{port}   (Ctrl-C ends it)", flush=True)
-    page.block_thread()
-
-
-def build(gradio: Any, assistant: "Assistant", sampling: "Sampling", *, title: str) -> Any:
-    """The page, not yet served."""
-    from pipeline.chat.assistant import Conversation
-
-    look = lru_cache(maxsize=64)(assistant.look)  # Gradio names a copy of an upload by its content
-
-    def reply(message: dict[str, Any], history: list[dict[str, Any]]) -> Iterator[str]:
-        talk, said = Conversation(), ""
-        try:
-            content = [*({"path": path} for path in message["files"]), {"text": message["text"]}]
-            replay(talk, [*history, {"role": "user", "content": content}], assistant, look)
-            for piece in assistant.answer(talk, sampling):
-                said += piece
-                yield said
-        except PipelineError as error:
-            raise gradio.Error(error.line()) from None
-
-    box = gradio.MultimodalTextbox(file_types=["image"], file_count="single", placeholder="Show a picture and ask about it")
-    return gradio.ChatInterface(reply, multimodal=True, textbox=box, title=title)
-
-
-def replay(
-    talk: "Conversation", history: list[dict[str, Any]], assistant: "Assistant", look: Callable[[str], "torch.Tensor"]
-) -> None:
-    """Bring a page's messages into a conversation: pictures stand before the words of the turn that shows them."""
-    from pipeline.records import Turn
-
-    shown: list[str] = []
-    for entry in history:
-        pictures, text = _parts(entry["content"])
-        shown += pictures
-        if entry["role"] == "assistant":
-            talk.turns.append(Turn("assistant", (text.strip() or " ",)))
-        elif text or entry is history[-1]:
-            if len(shown) > 1:
-                raise PipelineError(f"{len(shown)} pictures in one turn", remedy="show them one by one")
-            assistant.ask(talk, text, look(shown[0]) if shown else None)
-            shown = []
-
-
-def _parts(content: Any) -> tuple[list[str], str]:
-    """Paths of pictures and the words of a message, in any of the shapes that Gradio gives it."""
-    pictures, words = [], []
-    for part in content if isinstance(content, list | tuple) else [content]:
-        if isinstance(part, str):
-            words.append(part)
-        elif "text" in part:
-            words.append(part["text"] or "")
-        else:
-            pictures.append((part.get("file") or part)["path"])
-    return pictures, "\n".join(word for word in words if word)
+    return door
