@@ -204,7 +204,7 @@ def test_few_rows_and_few_steps_are_noted(whole: Project) -> None:
     found = lines(note=True)
     assert any("pretrain.batch_size: is 64, the data have 11 rows" in line for line in found)
     assert any(line.startswith("pretrain: 2 steps in all") for line in found)
-    assert any(line.startswith("sft: 1 steps in all") for line in found)
+    assert any(line.startswith("sft: 1 step in all") for line in found)
     assert not any("sft.batch_size: is" in line for line in found)
 
 

@@ -25,7 +25,7 @@ def check_steps(project: Project) -> Iterator[Finding]:
             yield Finding(f"is {training.batch_size}, the data have {rows} rows", f"{name}.batch_size", remedy, note=True)
         if steps < FEW:
             remedy = f"lower {name}.batch_size or raise {name}.epochs"
-            yield Finding(f"{steps} steps in all (lr warms up in some of them): little is learnt", name, remedy, note=True)
+            yield Finding(f"{steps} step{'s' * (steps > 1)} in all: little is learnt from so few", name, remedy, note=True)
 
 
 def _rows(dataset: Dataset, limit: int, enough: int) -> int | None:
