@@ -127,7 +127,10 @@ class Vision(Section):
 def _date(value: Any) -> Any:
     """A date as YAML reads one, or as text; its spelling YYYY-MM-DD."""
     if isinstance(value, str):
-        value = date.fromisoformat(value)
+        try:
+            value = date.fromisoformat(value)
+        except ValueError:
+            value = None
     if type(value) is not date:
         raise ValueError("expected a date such as '2024-07-26'")
     return value.isoformat()

@@ -150,7 +150,8 @@ CHOICES = {
     "vision.precision": ["float64", "Auto", ""], "tokenize.too_long": ["truncate"], "projector.kind": ["MLP", "resampler"],
     "pretrain.train": ["none", "llm"], "sft.train": ["projector+", "lora"], "pretrain.features": ["cached"],
     "sft.precision": ["fp16"], "runtime.device": ["gpu", "cuda:", "cuda:x", "cpu:0", ""], "vision.model": [""],
-    "data.sft.images": [""], "llm.image_token": [""], "pretrain.lr": [0.0, 1.5], "sft.warmup": [1.01], "sft.clip_norm": [0.0],
+    "data.sft.images": [""], "llm.image_token": [""], "llm.date": ["tomorrow", 20240726],
+    "pretrain.lr": [0.0, 1.5], "sft.warmup": [1.01], "sft.clip_norm": [0.0],
     "sft.epochs": [0], "runtime.eval_batch": [0], "vision.shard_rows": [0], "pretrain.seed": [-1], "data.limit": [-1],
     "sft.share_images": [1, 0, "yes", "true", "Auto"],
 }  # fmt: skip

@@ -187,6 +187,8 @@ def test_ids_are_the_templates_own(tmp_path: Path, name: str, kind: str) -> None
 def test_the_page_names_every_family_and_why_some_do_not_work() -> None:
     told = rows_of_page()
     assert list(told) == list(FAMILIES)
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"on {len(FAMILIES) - len(REFUSED)} families of chat templates" in readme
     for name, cells in told.items():
         assert ("no: " in cells[0]) == (name in REFUSED)
         assert all(cell.removeprefix("no: ") == REFUSED[name] for cell in cells[:2] if name in REFUSED)

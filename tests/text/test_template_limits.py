@@ -1,6 +1,8 @@
 """A chat template from the internet is a program: bounded in time, memory, length and depth, and nothing is left to chance."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -107,6 +109,27 @@ def test_a_process_that_was_killed_from_outside_is_said_and_started_again() -> N
     process.kill()
     process.wait()
     assert template.render(TALK * 100, {}) == ["a"] * 100
+
+
+ENDS = """
+from pipeline.text.template import Template, _process
+Template("a", {}, where="model")
+print(_process()._started.pid, flush=True)
+input()
+"""
+
+
+@pytest.mark.slow
+def test_the_process_ends_with_the_one_that_asks() -> None:
+    with subprocess.Popen([sys.executable, "-c", ENDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        status = Path("/proc") / owner.stdout.readline().strip() / "status"
+        assert status.exists()
+        owner.kill()
+    until = time.monotonic() + 30
+    while status.exists() and "State:\tZ" not in status.read_text():  # a zombie waits for the container's first process
+        assert time.monotonic() < until, "it is still there"
+        time.sleep(0.05)
 
 
 def builder_of(folder: Path, template: str, **options: str) -> PromptBuilder:
