@@ -16,12 +16,21 @@ export HF_HUB_OFFLINE ?= 1
 help:
 	@sed -n 's/^# //p' Makefile | head -6
 
+# What constraints.txt lists, each file by its SHA-256, is installed and nothing else: first without, then with what only torch's
+# CUDA build needs.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+CUDA := ^(nvidia-c|nvidia-n[cv]|cuda-|triton)
+locked = awk '/^[a-zA-Z0-9]/ { skip = $(if $(1),$$0 ~ /$(CUDA)/,$$0 !~ /$(CUDA)/) } !skip' constraints.txt
+
 # The stamp is newer than what decides the environment, so a second run installs nothing.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + " -> make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing into .venv (about 1.6 GB, once)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "installing into .venv (about 1.6 GB, once; with torch's CUDA build 5 GB)"
+	@$(call locked,-v) > .venv/locked.txt && $(INSTALL) --require-hashes --no-deps -r .venv/locked.txt
+	@$(BIN)/python -c 'import sys, importlib.metadata as m; sys.exit("+cpu" not in m.version("torch"))' || \
+	  { $(call locked,) > .venv/locked.txt && $(INSTALL) --require-hashes --no-deps -r .venv/locked.txt; }
+	@$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(BIN)/.installed
@@ -41,7 +50,7 @@ floor_of = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 $(FLOOR)/.installed: pyproject.toml constraints.txt
 	@test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
-	@grep -vE '^(torch|transformers|tokenizers|huggingface)' constraints.txt > $(FLOOR)/constraints.txt
+	@$(call locked,-v) | sed -n 's/^\([a-z0-9].*[^ ]\) *\\$$/\1/p' | grep -vE '^(torch|transformers|tokenizers|huggingface)' > $(FLOOR)/constraints.txt
 	@echo "installing $(call floor_of,torch) and $(call floor_of,transformers) into $(FLOOR) (over 5 GB where torch comes with CUDA only)"
 	@$(FLOOR)/bin/pip install --quiet --disable-pip-version-check -c $(FLOOR)/constraints.txt "$(call floor_of,torch)" "$(call floor_of,transformers)" -e '.[dev]'
 	@touch $@
@@ -59,9 +68,17 @@ bench-gpu:
 check: $(BIN)/.installed
 	@ruff check . && ruff format --check . && mypy && lint-imports --no-logo
 
-lock: $(BIN)/.installed
-	@(echo "# Exact versions of everything \`make\` installs; pyproject.toml has the ranges. Renewed by \`make lock\`."; \
-	  pip freeze --exclude-editable | sed 's/+cpu//') > constraints.txt
+# Hashes are those of every file of a version, for every platform, as the package index gives them; that of torch's CPU build
+# (2.13.0, Python 3.11, Linux x86-64), which lies elsewhere, is added: pip download, then pip hash, gives another one.
+TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+LOCK := .venv-lock
+lock:
+	@test -x $(LOCK)/bin/uv || { $(PYTHON) -m venv $(LOCK) && $(LOCK)/bin/pip install --quiet uv; }
+	@$(LOCK)/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade --generate-hashes \
+	  --no-annotate --no-header --quiet -o $(LOCK)/locked.txt
+	@(echo "# Exact versions of everything \`make\` installs, with the SHA-256 of their files; pyproject.toml has the ranges."; \
+	  echo "# Renewed by \`make lock\`."; \
+	  sed 's/^\(torch==.*\) \\$$/\1 \\\n    --hash=sha256:$(TORCH_CPU) \\/' $(LOCK)/locked.txt) > constraints.txt
 
 clean:
-	rm -rf .venv .venv-floor .dvc/cache .dvc/tmp .dvc/features data/features data/features_* data/tokens models results
+	rm -rf .venv .venv-floor .venv-lock .dvc/cache .dvc/tmp .dvc/features data/features data/features_* data/tokens models results
