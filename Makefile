@@ -16,20 +16,21 @@ export HF_HUB_OFFLINE ?= 1
 help:
 	@sed -n 's/^# //p' Makefile | head -6
 
-# What constraints.txt lists, each file by its SHA-256, is installed and nothing else: first without, then with what only torch's
-# CUDA build needs.
+# What constraints.txt lists is installed and nothing else, each file by its SHA-256: torch's CPU build where it is to be had (it
+# lies beside the package index, so its hash stands here: of 2.13.0, Python 3.11, Linux x86-64), else that with CUDA and what it needs.
+TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
-CUDA := ^(nvidia-c|nvidia-n[cv]|cuda-|triton)
-locked = awk '/^[a-zA-Z0-9]/ { skip = $(if $(1),$$0 ~ /$(CUDA)/,$$0 !~ /$(CUDA)/) } !skip' constraints.txt
+LOCKED := --require-hashes --no-deps -r .venv/locked.txt
+without_torch = awk '/^[a-zA-Z0-9]/ { skip = $$0 ~ /^(torch==|triton==|cuda-|nvidia-c|nvidia-n[cv])/ } !skip' constraints.txt
 
 # The stamp is newer than what decides the environment, so a second run installs nothing.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + " -> make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (about 1.6 GB, once; with torch's CUDA build 5 GB)"
-	@$(call locked,-v) > .venv/locked.txt && $(INSTALL) --require-hashes --no-deps -r .venv/locked.txt
-	@$(BIN)/python -c 'import sys, importlib.metadata as m; sys.exit("+cpu" not in m.version("torch"))' || \
-	  { $(call locked,) > .venv/locked.txt && $(INSTALL) --require-hashes --no-deps -r .venv/locked.txt; }
+	@sed -n 's/^\(torch==[^ ]*\).*/\1+cpu --hash=sha256:$(TORCH_CPU)/p' constraints.txt > .venv/locked.txt
+	@if $(INSTALL) $(LOCKED) 2> /dev/null; then $(without_torch) > .venv/locked.txt; else cp constraints.txt .venv/locked.txt; fi
+	@$(INSTALL) $(LOCKED)
 	@$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -50,7 +51,7 @@ floor_of = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 $(FLOOR)/.installed: pyproject.toml constraints.txt
 	@test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
-	@$(call locked,-v) | sed -n 's/^\([a-z0-9].*[^ ]\) *\\$$/\1/p' | grep -vE '^(torch|transformers|tokenizers|huggingface)' > $(FLOOR)/constraints.txt
+	@$(without_torch) | sed -n 's/^\([a-z0-9].*[^ ]\) *\\$$/\1/p' | grep -vE '^(transformers|tokenizers|huggingface)' > $(FLOOR)/constraints.txt
 	@echo "installing $(call floor_of,torch) and $(call floor_of,transformers) into $(FLOOR) (over 5 GB where torch comes with CUDA only)"
 	@$(FLOOR)/bin/pip install --quiet --disable-pip-version-check -c $(FLOOR)/constraints.txt "$(call floor_of,torch)" "$(call floor_of,transformers)" -e '.[dev]'
 	@touch $@
@@ -68,9 +69,7 @@ bench-gpu:
 check: $(BIN)/.installed
 	@ruff check . && ruff format --check . && mypy && lint-imports --no-logo
 
-# Hashes are those of every file of a version, for every platform, as the package index gives them; that of torch's CPU build
-# (2.13.0, Python 3.11, Linux x86-64), which lies elsewhere, is added: pip download, then pip hash, gives another one.
-TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+# Hashes are those of every file of a version, for every platform, as the package index gives them.
 LOCK := .venv-lock
 lock:
 	@test -x $(LOCK)/bin/uv || { $(PYTHON) -m venv $(LOCK) && $(LOCK)/bin/pip install --quiet uv; }
@@ -78,7 +77,7 @@ lock:
 	  --no-annotate --no-header --quiet -o $(LOCK)/locked.txt
 	@(echo "# Exact versions of everything \`make\` installs, with the SHA-256 of their files; pyproject.toml has the ranges."; \
 	  echo "# Renewed by \`make lock\`."; \
-	  sed 's/^\(torch==.*\) \\$$/\1 \\\n    --hash=sha256:$(TORCH_CPU) \\/' $(LOCK)/locked.txt) > constraints.txt
+	  cat $(LOCK)/locked.txt) > constraints.txt
 
 clean:
 	rm -rf .venv .venv-floor .venv-lock .dvc/cache .dvc/tmp .dvc/features data/features data/features_* data/tokens models results
