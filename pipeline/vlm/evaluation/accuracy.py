@@ -13,8 +13,9 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from pipeline.core import prefetch
-from pipeline.text import PromptBuilder, Row
+from pipeline.text import PromptBuilder
 from pipeline.vlm.batches import Examples
+from pipeline.vlm.evaluation.questions import Question, find_questions
 from pipeline.vlm.model import VisionLanguageModel, generate
 
 
@@ -43,16 +44,15 @@ class Answering:
 def answer_accuracy(
     model: VisionLanguageModel, examples: Examples, accelerator: Accelerator, builder: PromptBuilder, asking: Answering
 ) -> tuple[Score, list[str]]:
-    """Greedy answers to each row's last question, compared as text with the row's own; returns the score and all answers.
+    """Greedy answers to every supervised turn, compared as text with the row's own; returns the score and all answers.
 
-    Rows with the same prompt and the same images have the same answer, so each is generated once. Zeroed images are all
-    the same image, which is why the blind control takes a fraction of the time.
+    A turn is asked behind the row's own turns before it. Questions with the same prompt and the same images have the same answer,
+    so each is generated once. Zeroed images are all the same image, which is why the blind control takes a fraction of the time.
     """
     model.eval()
-    rows = [examples.table.row(number) for number in range(len(examples.table))]
-    asked = [row.ids[: row.spans[-1][0]] for row in rows]
-    same = _same_prompts(asked, [row.slots for row in rows], None if asking.blind else examples.table.image_hashes())
-    same.sort(key=lambda group: -len(asked[group[0]]))  # like lengths together: little padding
+    rows = find_questions(examples.table)
+    same = _same_prompts(rows, None if asking.blind else examples.table.image_hashes())
+    same.sort(key=lambda group: -len(rows[group[0]].prompt))  # like lengths together: little padding
     parts = [same[start : start + asking.batch_size] for start in range(0, len(same), asking.batch_size)]
     mine = _answer(
         model, examples, accelerator, builder, asking, rows, parts[accelerator.process_index :: accelerator.num_processes]
@@ -60,7 +60,7 @@ def answer_accuracy(
     everyone = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
     found = {number: text for part in everyone for number, text in part.items()}
     given = [found[number] for number in range(len(rows))]
-    expected = [builder.decode(row.ids[row.spans[-1][0] : row.spans[-1][1]]) for row in rows]
+    expected = [builder.decode(row.reference) for row in rows]
     return Score(sum(a.strip() == e.strip() for a, e in zip(given, expected, strict=True)), len(rows)), given
 
 
@@ -70,7 +70,7 @@ def _answer(
     accelerator: Accelerator,
     builder: PromptBuilder,
     asking: Answering,
-    rows: list[Row],
+    rows: list[Question],
     parts: list[list[list[int]]],
 ) -> dict[int, str]:
     """The answer of every row in `parts`, which are groups of rows that have the same one."""
@@ -89,7 +89,7 @@ def _answer(
                 produced = generate(
                     model,
                     builder,
-                    [row.ids[: row.spans[-1][0]] for row in firsts],
+                    [row.prompt for row in firsts],
                     [row.image_start for row in firsts],
                     features,
                     max_new_tokens=asking.max_new_tokens,
@@ -100,10 +100,11 @@ def _answer(
     return answers
 
 
-def _same_prompts(asked: list[np.ndarray], slots: list[range], hashes: np.ndarray | None) -> list[list[int]]:
-    """Row numbers grouped by equal prompt and equal images (`hashes` None: images do not tell rows apart)."""
+def _same_prompts(asked: list[Question], hashes: np.ndarray | None) -> list[list[int]]:
+    """Numbers of questions, grouped by equal prompt and equal images (`hashes` None: images do not tell them apart)."""
     groups: dict[tuple[bytes, bytes], list[int]] = {}
-    for number, (ids, shown) in enumerate(zip(asked, slots, strict=True)):
+    for number, question in enumerate(asked):
+        shown = question.slots
         images = b"" if hashes is None else hashes[shown.start : shown.stop].tobytes()
-        groups.setdefault((ids.tobytes(), images), []).append(number)
+        groups.setdefault((question.prompt.tobytes(), images), []).append(number)
     return list(groups.values())

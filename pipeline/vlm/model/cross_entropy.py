@@ -38,17 +38,17 @@ def too_large(supervised: int, config: PretrainedConfig) -> bool:
     return bool(supervised * config.get_text_config().vocab_size > MOST)
 
 
-def chunked_cross_entropy(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of `head(hidden)` [S, V] against labels int64 [S]; hidden [S, D] holds supervised positions only.
+def chunked_cross_entropy(head: Any, hidden: torch.Tensor, labels: torch.Tensor, *, reduction: str = "sum") -> torch.Tensor:
+    """Summed cross-entropy (`reduction` none: that of each label, [S]) of `head(hidden)` [S, V] against labels int64 [S].
 
-    Logits exist for a piece of the positions at a time, in the backward pass too, where they are computed again: a third
-    more work in the vocabulary projection for memory that does not grow with S × V.
+    hidden [S, D] holds supervised positions only. Logits exist for a piece of the positions at a time, in the backward pass too,
+    where they are computed again: a third more work in the vocabulary projection for memory that does not grow with S × V.
     """
     rows = max(1, MOST // int(head.weight.shape[0]))
 
     def piece(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(states).float(), wanted, reduction="sum")
+        return F.cross_entropy(head(states).float(), wanted, reduction=reduction)
 
     parts = zip(hidden.split(rows), labels.split(rows), strict=True)
     losses = [checkpoint(piece, states, wanted, use_reentrant=False) for states, wanted in parts]
-    return torch.stack(losses).sum()
+    return torch.cat(losses) if reduction == "none" else torch.stack(losses).sum()

@@ -56,10 +56,10 @@ class VisionLanguageModel(nn.Module):
         projected = self.projector(features.to(next(self.projector.parameters()).dtype))
         return splice(self.language_model.get_input_embeddings()(ids), projected, row, start)
 
-    def forward(self, batch: Batch, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: Batch, features: torch.Tensor, *, each: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the cross-entropy over supervised tokens, and a mixture's router loss (0 where none trains).
 
-        features: [S, P, Dv] of the batch's images, in the order of `batch.slots`.
+        features: [S, P, Dv] of the batch's images, in the order of `batch.slots`. `each`: of every token, [supervised].
 
         Hidden states are gathered at supervised positions before the vocabulary projection, so [B, T, V] never exists.
         Right padding needs no mask: a causal model's real tokens never see it. Only a router's own loss would count it.
@@ -76,15 +76,15 @@ class VisionLanguageModel(nn.Module):
         # the same loss for less work: see `pipeline.vlm.model.last_layer`
         leaner = nullcontext() if self.router_trains else last_block_only_at(batch.loss_positions, self.language_model)
         with unpacked_rows(), leaner:
-            return self._loss(batch, extra, pieces=pieces)
+            return self._loss(batch, extra, pieces=pieces, reduction="none" if each else "sum")
 
-    def _loss(self, batch: Batch, extra: dict[str, Any], *, pieces: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, batch: Batch, extra: dict[str, Any], *, pieces: bool, reduction: str) -> tuple[torch.Tensor, torch.Tensor]:
         if pieces:
             states = at(backbone(self.language_model)(**extra).last_hidden_state, batch.loss_positions)  # [supervised, D]
-            loss = chunked_cross_entropy(output_head(self.language_model), states, batch.labels)
+            loss = chunked_cross_entropy(output_head(self.language_model), states, batch.labels, reduction=reduction)
             return loss, loss.new_zeros(())
         with logits_only_at(batch.loss_positions, self.language_model):
             output = self.language_model(**extra)
-        loss = F.cross_entropy(output.logits[0].float(), batch.labels, reduction="sum")  # logits [1, supervised, V]
+        loss = F.cross_entropy(output.logits[0].float(), batch.labels, reduction=reduction)  # logits [1, supervised, V]
         router = getattr(output, "aux_loss", None) if self.router_trains else None
         return loss, loss.new_zeros(()) if router is None else router * self.language_model.config.router_aux_loss_coef

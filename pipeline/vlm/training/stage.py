@@ -7,22 +7,22 @@ starts from; nothing else differs between them.
 import csv
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.core import NUMERIC, PipelineError, hold, main_checkout, publish, writing
 from pipeline.core.devices import pick_workers
-from pipeline.features import NoFeatures
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.vlm.batches import Execution
-from pipeline.vlm.evaluation import Answering, Heldout, answer_accuracy, heldout_loss
+from pipeline.vlm.evaluation import Heldout, heldout_loss, log_likelihoods
 from pipeline.vlm.model import PACKED, Manifest, VisionLanguageModel, checkpoint, frozen_digest, gather_weights, weights_digest
 from pipeline.vlm.training.assembly import TrainingRun, assemble
 from pipeline.vlm.training.callbacks import Callbacks, step_callback
 from pipeline.vlm.training.checkpointing import Checkpointer
 from pipeline.vlm.training.divergence import has_diverged
 from pipeline.vlm.training.loop import train
+from pipeline.vlm.training.measuring import measure_answers
 from pipeline.vlm.training.parts import projector_shape
 from pipeline.vlm.training.state import TrainingState, locks
 
@@ -44,7 +44,7 @@ def _train_and_measure(run: TrainingRun, state: TrainingState, measured: Heldout
     first, training = run.accelerator.is_main_process, run.training
     history, saved = _train(run, state, measured)
     model = _whole_model(run)
-    loss = heldout_loss(model, run.heldout, run.accelerator, micro_tokens=training.micro_tokens)
+    loss, likelihoods = log_likelihoods(model, run.heldout, run.accelerator, micro_tokens=training.micro_tokens)
     made = [row["loss"] for row in history]
     if measured and measured.keep_best and measured.best:
         made = made[: int(measured.best["step"]) + 1]
@@ -53,8 +53,7 @@ def _train_and_measure(run: TrainingRun, state: TrainingState, measured: Heldout
         if not diverged:
             _save(run, model)
         _write_curves(run, history, measured)
-    figures: dict[str, Any] = {"questions": len(run.heldout.table), "loss": round(loss, 6) if math.isfinite(loss) else None}
-    figures |= _accuracies(run, model)
+    figures = measure_answers(run, model, likelihoods) | {"loss": round(loss, 6) if math.isfinite(loss) else None}
     if measured and measured.keep_best and measured.best:
         figures["best_step"] = measured.best["step"]
     last = history[-20:]
@@ -171,15 +170,3 @@ def _write_curves(run: TrainingRun, history: History, measured: Heldout | None) 
         writer.writerows(history)
     if measured:
         measured.write(results / "heldout.csv")
-
-
-def _accuracies(run: TrainingRun, model: VisionLanguageModel) -> dict[str, Any]:
-    """Accuracy on held-out rows, and that of the blind control."""
-    heldout, params = run.heldout, run.params
-    figures: dict[str, Any] = {}
-    asking = Answering(params.evaluate.max_new_tokens, params.runtime.eval_batch)
-    unseen = replace(heldout, source=NoFeatures(heldout.source))
-    for name, examples, how in (("accuracy", heldout, asking), ("accuracy_blind", unseen, replace(asking, blind=True))):
-        score, _ = answer_accuracy(model, examples, run.accelerator, run.builder, how)
-        figures[name] = round(score.accuracy, 6)
-    return figures

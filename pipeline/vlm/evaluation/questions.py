@@ -1,0 +1,73 @@
+"""Every supervised turn of held-out rows as a question: what stands before it, the pictures shown by then, and its reference."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.records import Turn
+from pipeline.text import PromptBuilder, TokenTable
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One supervised turn.
+
+    Attributes:
+        row, turn: its row in the token table, and which of the row's supervised turns it is.
+        prompt: int32 [T], all ids before the answer; reference: int32 [A], the answer and its end-of-turn token.
+        asked: int32, the part of `prompt` behind the answer before it.
+        image_start, slots: where the images within `prompt` begin, and their numbers among all of the table.
+    """
+
+    row: int
+    turn: int
+    prompt: np.ndarray
+    asked: np.ndarray
+    reference: np.ndarray
+    image_start: np.ndarray
+    slots: range
+
+
+def find_questions(table: TokenTable) -> list[Question]:
+    """Those of all rows, in order; ids are views into the file."""
+    found = []
+    for number in range(len(table)):
+        row, before = table.row(number), 0
+        for turn, (start, end) in enumerate(row.spans.tolist()):
+            shown = int(np.searchsorted(row.image_start, start))
+            slots = range(row.slots.start, row.slots.start + shown)
+            asked = row.ids[before:start]
+            found.append(Question(number, turn, row.ids[:start], asked, row.ids[start:end], row.image_start[:shown], slots))
+            before = end
+    return found
+
+
+class Wording:
+    """The text of a question, without what the chat template writes around it."""
+
+    def __init__(self, builder: PromptBuilder) -> None:
+        self._builder = builder
+        self._first, self._later = self._frames()
+
+    def __call__(self, question: Question) -> str:
+        """The user's words; what stands before them too where the template's frame is another one than in a plain talk."""
+        text = self._plain(question.asked)
+        before, behind = self._later if question.turn else self._first
+        text = text.removesuffix(behind)
+        if not text.startswith(before):  # a system turn of the row's own: the user's turn begins behind it
+            head, sign, rest = text.partition(self._later[0])
+            text = rest if sign else head
+        return text.removeprefix(before).strip()
+
+    def _plain(self, ids: np.ndarray) -> str:
+        return self._builder.decode(ids[ids != self._builder.image_id])
+
+    def _frames(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        """What the template writes before and behind the first question, and a later one."""
+        sign = "Zq"
+        talk = [Turn("user", (sign,)), Turn("assistant", (sign,))] * 2
+        prompt = self._builder.build(talk)
+        (first, end), (second, _) = np.asarray(prompt.spans).reshape(-1, 2).tolist()
+        texts = self._plain(prompt.ids[:first]), self._plain(prompt.ids[end:second])
+        found = [(before, behind) for before, _, behind in (text.rpartition(sign) for text in texts)]
+        return found[0], found[1]
