@@ -4,10 +4,12 @@ import torch
 from conftest import CPU, PATCHES, WIDTH, World
 
 from pipeline.vlm.model.generation import generate
+from pipeline.vlm.model.probing import takes_padding
 
 
 def test_the_vocabulary_projection_is_given_states_it_can_multiply_at_once(world: World) -> None:
     model, seen = world.model().eval(), []
+    assert takes_padding(model.language_model)  # tried once, before what is watched here
     head = model.language_model.get_output_embeddings()
     watch = head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].is_contiguous(), output.shape[1])))
     rows = [world.table.row(number) for number in (0, 1)]
