@@ -12,6 +12,7 @@ from conftest import HIDDEN, ROWS, World, train_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
+from pipeline.core.checksums import sign
 from pipeline.params.reading import check, override, read_yaml
 from pipeline.params.stage_view import StageParams
 from stages import pretrain, sft
@@ -37,6 +38,7 @@ def _project(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     table = world.tokens(ROWS, "mixtures")
     for name in ("pretrain", "sft", "heldout"):
         shutil.copy(table.path, tmp_path / "data/tokens" / f"{name}.arrow")
+    sign(tmp_path / "data/tokens")
 
 
 def mixture(family: str, coefficient: float) -> Path:
