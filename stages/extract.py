@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from pipeline.core import PipelineError, main_checkout, publish, publish_folder, to_json, writing
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_device, use_fast_float32
+from pipeline.core.trees import is_first_of_tree, processes_here
 from pipeline.features import Encoder, Extraction, Processes, distinct_images, extract, load_encoder
 from pipeline.params import StageParams
 from pipeline.records import GoodImages, Mixture, Source, good_rows, no_pictures, open_dataset, picture_is_used
@@ -28,7 +29,7 @@ def main(params: StageParams) -> dict[str, Any]:
     vision, runtime = params.vision, params.runtime
     skip, missing = params.data.on_error == "skip", list[PipelineError]()
     device, processes = _processes(pick_device(runtime.device))
-    workers, batch = pick_workers(runtime.workers, processes=processes.ranks), pick_batch(runtime.extract_batch, device)
+    workers, batch = pick_workers(runtime.workers, processes=processes_here()), pick_batch(runtime.extract_batch, device)
     files, hashes = distinct_images(_wanted(params), threads=max(1, workers), missing=missing if skip else None)
     use_fast_float32()
     encoder = load_encoder(vision, device=device, batch=batch)
@@ -43,7 +44,7 @@ def main(params: StageParams) -> dict[str, Any]:
         skip=skip,
         processes=processes,
     )
-    if processes.is_first:
+    if processes.writes:
         _write_meta(encoder, hashes[done.good])
         _write_rejected([*missing, *done.bad])
     return _figures(done, missing)
@@ -55,7 +56,7 @@ def _processes(device: torch.device) -> tuple[torch.device, Processes]:
         use_device(device)
         return device, Processes()
     state = PartialState(cpu=device.type == "cpu")
-    return state.device, Processes(state.process_index, state.num_processes, state.wait_for_everyone)
+    return state.device, Processes(state.process_index, state.num_processes, state.wait_for_everyone, is_first_of_tree())
 
 
 def _figures(done: Extraction, missing: list[PipelineError]) -> dict[str, Any]:
@@ -64,8 +65,8 @@ def _figures(done: Extraction, missing: list[PipelineError]) -> dict[str, Any]:
         "rejected": len({error.where for error in (*missing, *done.bad)}),
         "encoded": done.encoded,
         "cache_mb": round(done.bytes / 1e6, 1),
-        "images_per_second": round(done.encoded / done.seconds, 1) if done.seconds else 0.0,
-        "decode_ms": round(1000 * done.decoding / done.encoded, 3) if done.encoded else 0.0,
+        "images_per_second": round(done.here / done.seconds, 1) if done.seconds else 0.0,
+        "decode_ms": round(1000 * done.decoding / done.here, 3) if done.here else 0.0,
         "waiting_share": round(done.waited / done.seconds, 3) if done.seconds else 0.0,
     }
 

@@ -39,7 +39,7 @@ def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
             require_devices(params.runtime.processes, params.runtime.device)
             launch(f"stages.{name}", params.runtime.processes)
         if int(os.environ.get("RANK", "0")):
-            work(params)
+            _work_and_report(name, work, params)
             return
         with hold(name, LOCKS):  # of several processes the first one speaks for all
             _work_and_report(name, work, params)
@@ -58,6 +58,10 @@ def _work_and_report(name: str, work: Callable[[StageParams], dict[str, Any]], p
         if error.figures is None:
             raise
         failure, figures = error, error.figures
+    if "RANK" in os.environ and not _writes(name):
+        if failure:
+            raise failure
+        return
     figures["seconds"] = round(time.perf_counter() - began, 1)
     figures["peak_memory_gb"] = round(peak_memory_gb(pick_device(params.runtime.device)), 3)
     write_json(Path("metrics") / f"{name}.json", figures)
@@ -65,6 +69,13 @@ def _work_and_report(name: str, work: Callable[[StageParams], dict[str, Any]], p
     print(f"{name}: {shown}", flush=True)
     if failure:
         raise failure
+
+
+def _writes(stage: str) -> bool:
+    """Whether this process of several writes for its work tree."""
+    from pipeline.core.trees import is_first_of_tree
+
+    return is_first_of_tree() if stage in PARALLEL else os.environ["RANK"] == "0"
 
 
 def _require_listed_models(stage: str, params: StageParams) -> None:

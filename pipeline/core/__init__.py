@@ -34,7 +34,7 @@ from pipeline.core.files import (
 from pipeline.core.fingerprint import fingerprint
 from pipeline.core.frame import LAUNCHED, as_line, debugging, exit_on_error, run_command, take_debug
 from pipeline.core.grid import merged_tokens
-from pipeline.core.locks import hold, is_alive, is_held
+from pipeline.core.locks import hold, is_alive, is_held, machine
 from pipeline.core.prefetch import patience, prefetch
 from pipeline.core.processes import SAFE_FORK, die_with_parent, end_process, fork_process
 from pipeline.core.project import enter_project, in_project, named_by
@@ -71,6 +71,7 @@ __all__ = [
     "is_left_over",
     "is_signed",
     "link_or_copy",
+    "machine",
     "main_checkout",
     "make_folder",
     "merged_tokens",

@@ -10,15 +10,13 @@ number to a shard, whatever was stored before. An image that cannot be decoded s
 
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from pipeline.core import (
     BAD_ROWS,
@@ -31,24 +29,28 @@ from pipeline.core import (
     seal,
     write_json,
 )
-from pipeline.features.decoding import DecodedImages, ImageFile, decoded_batches
+from pipeline.features.claims import POLL, ClaimedShards, Claims, remove_old_claims
+from pipeline.features.decoding import DecodedImages, ImageFile
 from pipeline.features.encoder.encoder import Encoder
 from pipeline.features.shard_plan import NewShard, ShardPlan, holds, plan_shards
 from pipeline.features.store.shards import row_bytes, write_shard
 from pipeline.features.store.store import INDEX, ShardSet
+from pipeline.features.stream import FeatureStream
 from pipeline.records import ImageError
 
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """What a run did: images in the output, encoded now, bytes on disk, seconds spent encoding and, of them, waiting.
+    """What a run did: images in the output, encoded in this run, and of these `here`, by this process; bytes on disk.
 
-    `decoding` is what the workers together spent on reading, decoding and resizing. `good` says of each image that was asked
-    for whether it is in the output, `bad` what is wrong with the others.
+    `seconds` is what this process spent encoding, of which it `waited`; `decoding` what its workers together spent on reading,
+    decoding and resizing. `good` says of each image that was asked for whether it is in the output, `bad` what is wrong with the
+    others.
     """
 
     images: int
     encoded: int
+    here: int
     bytes: int
     seconds: float
     waited: float
@@ -59,16 +61,25 @@ class Extraction:
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """Of `ranks` processes each encodes every `ranks`-th new shard; `wait` returns when all have come to it."""
+    """This process's place among `ranks`, where a launcher has started several; `wait` returns when all have come to it.
+
+    `first_of_tree`: whether it makes the output; None: the first of all does, as all are in one work tree.
+    """
 
     rank: int = 0
     ranks: int = 1
     wait: Callable[[], None] = lambda: None
+    first_of_tree: bool | None = None
 
     @property
     def is_first(self) -> bool:
-        """Whether this one speaks for all and makes the output."""
+        """Whether this one speaks for all."""
         return self.rank == 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether this one makes the output."""
+        return self.is_first if self.first_of_tree is None else self.first_of_tree
 
 
 def extract(
@@ -97,32 +108,73 @@ def extract(
     processes.wait()  # nobody writes before all have seen the same store, or a shard may be nobody's
     if processes.is_first:
         _announce(len(files), plan.encode, sum(len(shard.stored) for shard in plan.todo), encoder, folders[0], workers)
-    mine = plan.todo[processes.rank :: processes.ranks]
-    wanted = np.concatenate([np.empty(0, np.int64), *(shard.fresh for shard in mine)])
-    chosen = [files[i] for i in wanted.tolist()], hashes[wanted]
-    with closing(FeatureStream(*chosen, encoder, workers, skip=skip, quiet=not processes.is_first)) as stream:
-        for shard in mine:
-            _write(shard, plan.known, stream, encoder)
+    with (
+        closing(Claims()) as claims,
+        closing(
+            FeatureStream(
+                images,
+                encoder,
+                workers,
+                skip=skip,
+                total=plan.encode,
+                quiet=not processes.is_first,
+                on_batch=claims.renew,
+            )
+        ) as stream,
+    ):
+        _encode_all(plan, claims, stream, encoder, quiet=not processes.is_first)
     stream.report()
     processes.wait()
     found = [holds(path, hashes[start * shard_rows : (start + 1) * shard_rows]) for start, path in enumerate(plan.paths)]
-    if processes.is_first:
+    if processes.writes:
         _make_output(out, plan.paths, encoder.row_spec(), [int(rows.sum()) for rows in found])
     processes.wait()
+    remove_old_claims(folders[0])
     return _summary(out, np.concatenate([np.ones(0, bool), *found]), plan, images, stream)
 
 
-def _write(shard: NewShard, known: ShardSet, stream: "FeatureStream", encoder: Encoder) -> None:
+def _encode_all(plan: ShardPlan, claims: Claims, stream: FeatureStream, encoder: Encoder, *, quiet: bool) -> None:
+    """Returns when every new shard is there: this process writes those that it can claim, one after the other, and waits for
+    those of others as long as these are at work."""
+    left, told = plan.todo, False
+    while left:
+        mine = ClaimedShards(left, claims)
+        stream.begin(mine.images())
+        written = {shard.path for shard in _write_claimed(mine, plan.known, claims, stream, encoder)}
+        others = [shard for shard in left if shard.path not in written]
+        left = [shard for shard in others if not shard.is_written()]
+        stream.passed(sum(len(shard.fresh) for shard in others) - sum(len(shard.fresh) for shard in left))
+        if left and not written:
+            if not told and not quiet and (holder := claims.holder(left[0].path)):
+                print(
+                    f"\nextract: waiting for {len(left)} shards, the first claimed by {holder}; taken over when it is lost",
+                    flush=True,
+                )
+                told = True
+            time.sleep(POLL)
+
+
+def _write_claimed(
+    mine: ClaimedShards, known: ShardSet, claims: Claims, stream: FeatureStream, encoder: Encoder
+) -> Iterator[NewShard]:
+    for shard in mine:
+        _write(shard, known, stream, encoder)
+        claims.release(shard.path)
+        yield shard
+
+
+def _write(shard: NewShard, known: ShardSet, stream: FeatureStream, encoder: Encoder) -> None:
     written = shard.hashes.copy()
     batches = _batches(shard.stored, known, stream, written)  # zeroes the hash of an image that turns out bad
     notes = {"relative_error": encoder.relative_error()}
     write_shard(shard.path, written, encoder.row_spec(), encoder.row_format, batches, notes=notes)
 
 
-def _summary(out: Path, good: np.ndarray, plan: ShardPlan, images: DecodedImages, stream: "FeatureStream") -> Extraction:
+def _summary(out: Path, good: np.ndarray, plan: ShardPlan, images: DecodedImages, stream: FeatureStream) -> Extraction:
     return Extraction(
         images=int(good.sum()),
-        encoded=plan.encode - stream.skipped,
+        encoded=int(good[np.concatenate([np.empty(0, np.int64), *(shard.fresh for shard in plan.todo)])].sum()),
+        here=stream.encoded,
         bytes=sum(file.stat().st_size for file in out.iterdir()),
         seconds=stream.seconds,
         waited=stream.waited,
@@ -172,7 +224,7 @@ def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Pa
         )
 
 
-def _batches(stored: np.ndarray, known: ShardSet, stream: "FeatureStream", hashes: np.ndarray) -> Iterator[np.ndarray]:
+def _batches(stored: np.ndarray, known: ShardSet, stream: FeatureStream, hashes: np.ndarray) -> Iterator[np.ndarray]:
     """A shard's rows in order, in batches of bounded size: row `stored[i]` of the known ones, or fresh where it is -1.
 
     A fresh one that is bad has no row, and its hash in `hashes` [rows, 32] becomes zeros.
@@ -189,74 +241,3 @@ def _batches(stored: np.ndarray, known: ShardSet, stream: "FeatureStream", hashe
             else:
                 batch[i] = row
         yield batch[hashes[start : start + 256].any(1)]
-
-
-class FeatureStream:
-    """Fresh rows in order, one at a time; decoding runs ahead in worker processes.
-
-    `seconds` is what encoding took in all, `waited` how much of it the encoder stood still for want of a decoded picture; the
-    workers' start is in neither. `decoding` is what reading, decoding and resizing took the workers together.
-    A bad image raises its error, or with `skip` has None for a row and is counted in `skipped`.
-    """
-
-    def __init__(
-        self, files: list[ImageFile], hashes: np.ndarray, encoder: Encoder, workers: int, *, skip: bool, quiet: bool
-    ) -> None:
-        self._files, self._encoder, self._done, self._skip, self._quiet = files, encoder, 0, skip, quiet
-        self.seconds, self.waited, self.decoding, self.skipped = 0.0, 0.0, 0.0, 0
-        self._loader = decoded_batches(DecodedImages(files, hashes, encoder.preprocess), batch=encoder.batch, workers=workers)
-        self._rows = self._encode() if files else iter(())
-
-    def __next__(self) -> np.ndarray | None:
-        return next(self._rows)
-
-    def _rows_of(self, pixels: torch.Tensor | None, errors: list[PipelineError | None]) -> list[np.ndarray | None]:
-        """A batch's rows, None for a bad image."""
-        stop = next((error for error in errors if error and not (self._skip and isinstance(error, ImageError))), None)
-        if stop:
-            raise stop
-        files = self._files[self._done : self._done + len(errors)]
-        names = [file.where for file, error in zip(files, errors, strict=True) if error is None]
-        rows = iter([] if pixels is None else self._encoder.encode_rows(pixels, names).numpy())
-        self.skipped += len(files) - len(names)
-        return [None if error else next(rows) for error in errors]
-
-    def _encode(self) -> Iterator[np.ndarray | None]:
-        size, first = self._encoder.batch, 0.0
-        with tqdm(total=len(self._files), unit="image", desc="extract", mininterval=0.5, disable=self._quiet) as bar:
-            asked = time.perf_counter()
-            for pixels, errors, decoding in self._loader:
-                began = time.perf_counter()
-                rows = self._rows_of(pixels, errors)
-                ended = time.perf_counter()
-                if self._done:  # starting the workers is no waiting for decoding, and no encoding either
-                    self.waited += began - asked
-                self.seconds += ended - (asked if self._done else began)
-                self.decoding += decoding
-                self._done += len(rows)
-                bar.update(len(rows))
-                if self._done == 8 * size and not self._quiet and len(self._files) > 16 * size:
-                    rate = 7 * size / (self.seconds - first)
-                    bar.write(f"extract: about {(len(self._files) - self._done) / rate:,.0f} s to go at {rate:,.0f} images/s")
-                elif self._done == size:
-                    first = self.seconds
-                yield from rows  # last: nobody asks beyond the last row
-                asked = time.perf_counter()
-
-    def close(self) -> None:
-        """End the progress bar, so that an error stands on a line of its own, and the workers."""
-        if isinstance(self._rows, Generator):
-            self._rows.close()
-        self._loader.close()
-
-    def report(self) -> None:
-        """Say what an image cost, and when the encoder was kept waiting for decoded ones."""
-        if not self._done or self._quiet:
-            return
-        share, each = self.waited / self.seconds, 1000 * self.decoding / self._done
-        more = " -> raise runtime.workers" if share > 0.05 else ""
-        print(
-            f"extract: {self._done / self.seconds:,.1f} images/s; decoding took {each:.2f} ms of a worker an image, "
-            f"{share:.0%} of the time went by waiting for it{more}",
-            flush=True,
-        )

@@ -16,12 +16,20 @@ from pipeline.records import ImageError, as_arrow
 
 @dataclass(frozen=True, slots=True)
 class NewShard:
-    """A shard that no store holds: its hashes [n, 32], the known row of each image or -1 [n], the numbers of fresh images."""
+    """A shard that no store holds: its hashes [n, 32], the known row of each image or -1 [n], the numbers of fresh images.
+
+    `before` tells the file that is to be replaced, where one is there that lacks an image which can be decoded.
+    """
 
     path: Path
     hashes: np.ndarray
     stored: np.ndarray
     fresh: np.ndarray
+    before: tuple[int, int] | None = None
+
+    def is_written(self) -> bool:
+        """Whether it is there, by whoever's hand."""
+        return file_identity(self.path) not in (None, self.before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,8 @@ def plan_shards(
     todo = []
     for name, part in missing:
         stored = known.find(hashes[part])
-        todo.append(NewShard(folders[0] / name, hashes[part], stored, part.start + np.flatnonzero(stored < 0)))
+        path, fresh = folders[0] / name, part.start + np.flatnonzero(stored < 0)
+        todo.append(NewShard(path, hashes[part], stored, fresh, file_identity(path)))
     return ShardPlan([path or folders[0] / name for path, name in zip(found, names, strict=True)], todo, known)
 
 
@@ -62,6 +71,15 @@ def holds(path: Path, hashes: np.ndarray) -> np.ndarray:
     if not path.exists():
         return np.zeros(len(hashes), bool)
     return pc.is_in(as_arrow(hashes), value_set=as_arrow(Shard(path).hashes)).to_numpy(zero_copy_only=False)
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Which file is at a path, None for none: one that takes its place is another."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _can_be_taken(path: Path, part: slice, hashes: np.ndarray, images: DecodedImages, *, skip: bool) -> bool:

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROWS, row
+from projects import with_path
 from safetensors.torch import load_file
 from test_distributed import CLOSE, CLOSE_WEIGHTS, RANKS, contents, difference
 from test_run import ROOT, stage
@@ -141,6 +145,77 @@ def test_a_run_that_was_stopped_goes_on_in_another_number_of_processes(
     assert running.returncode == 0, err
     assert out.count("resume: going on after step") == 1
     assert_trained_alike(alone, project, "pretrain")
+
+
+def on_two_machines(name: str, trees: list[Path]) -> list[subprocess.Popen[str]]:
+    """A stage under torchrun as two machines would start it, each in a work tree of its own, over the loopback address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": with_path(ROOT), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [*command, "--node_rank", str(rank), "-m", f"stages.{name}"],
+            cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, tree in enumerate(trees)
+    ]  # fmt: skip
+
+
+def two_trees(untrained: Path, folder: Path) -> list[Path]:
+    """Two work trees with the same data, and a store that both see."""
+    trees = [folder / "one", folder / "two"]
+    for tree in trees:
+        shutil.copytree(untrained, tree, symlinks=True)
+        set_params(tree, f"runtime.feature_stores=[{folder / 'store'}]")
+    return trees
+
+
+@pytest.mark.slow
+def test_two_machines_with_a_work_tree_each_and_one_store_end_as_two_processes_of_one_do(
+    untrained: Path, project: Path, tmp_path: Path
+) -> None:
+    """Every file of both trees, bit for bit; a run that was stopped goes on in both."""
+    trees = two_trees(untrained, tmp_path)
+    for running in on_two_machines("extract", trees):
+        finish(running)
+    for tree in (*trees, project):
+        if tree is project:
+            finish(stage("extract", tree))
+        finish(stage("tokenize", tree))
+    running = on_two_machines("pretrain", trees)
+    while not all(any(int(path.name) >= 3 for path in tree.glob(".dvc/tmp/resume/*/[0-9]*")) for tree in trees):
+        assert all(each.poll() is None for each in running), [each.communicate()[1] for each in running]
+        time.sleep(0.01)
+    for each in running:
+        each.send_signal(signal.SIGTERM)
+    for each in running:
+        each.communicate(timeout=120)
+    for running_again in on_two_machines("pretrain", trees):
+        finish(running_again)
+    finish(stage("pretrain", project))
+    for name in ("data/features", "data/features_meta", "data/tokens", "models/pretrain", "results/pretrain"):
+        expected = contents(project / name)
+        assert expected
+        assert [contents(tree / name) for tree in trees] == [expected, expected], name
+    for tree in trees:
+        assert json.loads((tree / "metrics/pretrain.json").read_text())["steps"] > 0
+        assert (tree / "metrics/extract.json").exists()
+        assert not list((tree / ".dvc/tmp/resume").iterdir())
+
+
+@pytest.mark.slow
+def test_two_machines_whose_work_trees_differ_are_told_in_what(untrained: Path, alone: Path, tmp_path: Path) -> None:
+    trees = two_trees(untrained, tmp_path)
+    for tree in trees:
+        take(alone, tree)
+    set_params(trees[1], "pretrain.lr=2e-3")
+    for each in on_two_machines("pretrain", trees):
+        _, err = each.communicate(timeout=120)
+        assert each.returncode != 0
+        assert "differ in schedule" in err
 
 
 def stop_after(running: subprocess.Popen[str], project: Path, steps: int, number: signal.Signals) -> list[psutil.Process]:

@@ -4,6 +4,7 @@ stage           what a training stage does, step by step          assembly, part
 loop            the training loop                                 optimizer         AdamW and its learning rate
 checkpointing   when the state is saved                           state             the state on disk
 callbacks       what is called after a step                       progress          the progress line
+alike           that all processes have the same inputs
 """
 
 from pipeline.vlm.training.stage import train_stage

@@ -21,15 +21,17 @@ from pipeline.vlm.training.state import TrainingState
 class Checkpointer:
     """Saves the state every so many minutes, at the end, when a signal asks the run to stop, and when held-out loss is best.
 
-    `heldout`: its measurements are saved too, and the best state is kept beside the last where it asks for that.
+    `write`: whether this process writes the state; None: the first of all does. `heldout`: its measurements are saved too, and
+    the best state is kept beside the last where it asks for that.
     """
 
-    def __init__(self, resume: TrainingState, *, minutes: float, heldout: Heldout | None = None) -> None:
+    def __init__(self, resume: TrainingState, *, minutes: float, heldout: Heldout | None = None, write: bool | None = None) -> None:
         self._resume, self._seconds, self._heldout = resume, 60 * minutes, heldout
         self._saved, self._stop = time.monotonic(), False
         self._asked: float | None = None
         self._good: int | None = None
         self._told = False
+        self._write = write
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -84,7 +86,7 @@ class Checkpointer:
             accelerator.scaler,
             heldout=self._heldout.rows if self._heldout else [],
             keep=[steps for steps in (best, None if _is_good(history) else self._good) if steps is not None],
-            write=accelerator.is_main_process,
+            write=accelerator.is_main_process if self._write is None else self._write,
         )
         if _is_good(history):
             self._good = len(history)

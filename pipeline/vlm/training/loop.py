@@ -25,6 +25,7 @@ from pipeline.vlm.model import (
     shard_model,
     sync_gradients,
 )
+from pipeline.vlm.training.alike import require_alike
 from pipeline.vlm.training.callbacks import Callbacks
 from pipeline.vlm.training.optimizer import make_optimizer, make_scheduler, require_finite
 from pipeline.vlm.training.progress import Progress
@@ -99,6 +100,7 @@ class _Steps:
         optimizer = make_optimizer(model, lr=schedule.lr, weight_decay=schedule.weight_decay)
         self.checkpointer = callbacks.checkpointer
         self.history = self.checkpointer.start(model, optimizer, accelerator.scaler) if self.checkpointer else []
+        require_alike(accelerator, {"steps made": len(self.history)})
         self._scheduler = make_scheduler(optimizer, schedule, steps=steps, done=len(self.history))
         self._wrapped: Any = model
         if sharded:

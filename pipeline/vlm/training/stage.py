@@ -13,10 +13,12 @@ from typing import Any
 
 from pipeline.core import NUMERIC, PipelineError, hold, main_checkout, publish, writing
 from pipeline.core.devices import pick_workers
+from pipeline.core.trees import is_first_of_tree, processes_here
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.vlm.batches import Execution
 from pipeline.vlm.evaluation import Heldout, heldout_loss, log_likelihoods
 from pipeline.vlm.model import PACKED, Manifest, VisionLanguageModel, checkpoint, frozen_digest, gather_weights, weights_digest
+from pipeline.vlm.training.alike import require_alike
 from pipeline.vlm.training.assembly import TrainingRun, assemble
 from pipeline.vlm.training.callbacks import Callbacks, step_callback
 from pipeline.vlm.training.checkpointing import Checkpointer
@@ -36,12 +38,13 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     """
     run = assemble(params, training, dataset=dataset, name=name, start=start)
     state = _training_state(run)
+    require_alike(run.accelerator, state.depends)
     with hold(state.folder.name, locks()) if run.accelerator.is_main_process else nullcontext():
         return _train_and_measure(run, state, _heldout_measurements(run))
 
 
 def _train_and_measure(run: TrainingRun, state: TrainingState, measured: Heldout | None) -> dict[str, Any]:
-    first, training = run.accelerator.is_main_process, run.training
+    writes, training = is_first_of_tree(), run.training
     history, saved = _train(run, state, measured)
     model = _whole_model(run)
     loss, likelihoods = log_likelihoods(model, run.heldout, run.accelerator, micro_tokens=training.micro_tokens)
@@ -49,7 +52,7 @@ def _train_and_measure(run: TrainingRun, state: TrainingState, measured: Heldout
     if measured and measured.keep_best and measured.best:
         made = made[: int(measured.best["step"]) + 1]
     diverged = has_diverged(made, loss, model.vocabulary)
-    if first:
+    if writes:
         if not diverged:
             _save(run, model)
         _write_curves(run, history, measured)
@@ -60,7 +63,7 @@ def _train_and_measure(run: TrainingRun, state: TrainingState, measured: Heldout
     figures |= {"train_loss": round(sum(row["loss"] for row in last) / len(last), 6), "steps": len(history)}
     if diverged:
         raise _diverged(run, figures, loss, made, saved)
-    if first:
+    if writes:
         state.clear()
     run.accelerator.end_training()
     return figures
@@ -115,12 +118,12 @@ def _train(run: TrainingRun, state: TrainingState, measured: Heldout | None) -> 
     before = frozen_digest(model)
     execution = Execution(
         name=run.name,
-        threads=max(1, pick_workers(runtime.workers, processes=run.accelerator.num_processes)),
+        threads=max(1, pick_workers(runtime.workers, processes=processes_here())),
         sharded=run.sharded,
         packed=run.attention == PACKED,
         compiled=runtime.compile,
     )
-    checkpointer = Checkpointer(state, minutes=runtime.save_minutes, heldout=measured)
+    checkpointer = Checkpointer(state, minutes=runtime.save_minutes, heldout=measured, write=is_first_of_tree())
     folder = main_checkout() / ".dvc" / "tmp" / "watch" / run.name
     with step_callback(folder, profile=runtime.profile if first else 0, live=runtime.live and first) as on_step:
         callbacks = Callbacks(checkpointer, measured, on_step)

@@ -32,7 +32,7 @@ class TrainingState:
     """
 
     def __init__(self, folder: Path, stage: str, depends: dict[str, Any]) -> None:
-        self._parent, self.stage, self._depends = folder, stage, depends
+        self._parent, self.stage, self.depends = folder, stage, depends
         self.folder = folder / f"{stage}-{fingerprint(depends)}"
 
     def save(
@@ -67,7 +67,7 @@ class TrainingState:
             save_file(tensors, temporary / "state.safetensors")
             notes = {"history": history, "heldout": heldout or [], "scaler": scaler.state_dict() if scaler is not None else None}
             (temporary / "state.json").write_text(json.dumps(notes), encoding="utf-8")
-            about = {"depends": self._depends, "turn": 1 + max(map(_turn, self._others()), default=0)}
+            about = {"depends": self.depends, "turn": 1 + max(map(_turn, self._others()), default=0)}
             (temporary / DEPENDS).write_text(json.dumps(about), encoding="utf-8")
         for path in self.folder.iterdir():
             if path.name not in kept:
@@ -138,7 +138,7 @@ class TrainingState:
             other = _flat(json.loads(found[-1].read_text(encoding="utf-8"))["depends"])
         except (OSError, ValueError, KeyError, TypeError):
             return
-        mine = _flat(json.loads(json.dumps(self._depends)))
+        mine = _flat(json.loads(json.dumps(self.depends)))
         differ = [f"{key} {_short(other.get(key))} -> {_short(mine.get(key))}" for key in mine if other.get(key) != mine[key]]
         print(f"resume: {found[-1].parent} is of another run ({', '.join(differ[:3])}), so this one starts afresh", flush=True)
 

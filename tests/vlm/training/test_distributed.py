@@ -224,7 +224,7 @@ def test_two_processes_write_the_shards_of_one_and_encode_every_picture_once(
     assert contents(together / name / "features") == contents(tmp_path / "features")
     parts = [json.loads((together / name / f"seen.{rank}.json").read_text()) for rank in range(RANKS)]
     assert len(parts[0]) + len(parts[1]) == len({*parts[0], *parts[1]}) == 6
-    assert [len(part) for part in parts] == ([4, 2] if name == "3-shards" else [6, 0])
+    assert name == "3-shards" or sorted(map(len, parts)) == [0, 6], "a shard is one process's"
 
 
 def test_processes_divide_one_list_of_shards_though_one_of_them_comes_late(
