@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core import publish, writing
+from pipeline.core.trees import is_first_of_tree
 from pipeline.features import NoFeatures
 from pipeline.vlm.evaluation import Answering, answer_accuracy, find_questions, make_table, summarise, write_table
 from pipeline.vlm.model import VisionLanguageModel
@@ -17,7 +18,7 @@ from pipeline.vlm.training.assembly import TrainingRun
 def measure_answers(run: TrainingRun, model: VisionLanguageModel, likelihoods: list[np.ndarray]) -> dict[str, Any]:
     """Accuracy over every supervised turn with its 95 % interval, and that of the blind control.
 
-    The first process writes the answers and `scores.json`, which has the same by question type and turn.
+    The first process of each work tree writes the answers and `scores.json`, which has the same by question type and turn.
 
     Args:
         likelihoods: of each supervised token of each held-out row (see `log_likelihoods`).
@@ -28,7 +29,7 @@ def measure_answers(run: TrainingRun, model: VisionLanguageModel, likelihoods: l
     score, answers = answer_accuracy(model, heldout, run.accelerator, run.builder, asking)
     blind_score, blind = answer_accuracy(model, unseen, run.accelerator, run.builder, replace(asking, blind=True))
     figures = {"questions": score.questions, "accuracy": round(score.accuracy, 6), "accuracy_blind": round(blind_score.accuracy, 6)}
-    if not run.accelerator.is_main_process:
+    if not is_first_of_tree():
         return figures
     questions, results = find_questions(heldout.table), Path("results") / run.name
     spans = [(likelihoods[question.row], len(question.reference)) for question in questions]
