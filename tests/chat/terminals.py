@@ -54,13 +54,19 @@ class Session:
         """Keys, as bytes of UTF-8 (lone surrogates: as they are)."""
         os.write(self._master, text.encode("utf-8", "surrogateescape"))
 
-    def until(self, text: str, *, timeout: float = 120) -> None:
+    def until(self, text: str, *, timeout: float = 60) -> None:
         """Read the screen until it shows `text` behind what an earlier call waited for."""
         end = time.monotonic() + timeout
         while (at := self.screen.find(text, self._seen)) < 0:
             if not self._read(end):
                 raise AssertionError(f"{text!r} did not come:\n{self.screen}")
         self._seen = at + len(text)
+
+    def read(self, seconds: float) -> None:
+        """Whatever the screen shows within this time."""
+        end = time.monotonic() + seconds
+        while self._read(end):
+            pass
 
     def resize(self, rows: int, columns: int) -> None:
         """As a window manager does it: the terminal's size, then SIGWINCH."""
@@ -71,7 +77,7 @@ class Session:
     def _resize(self, terminal: int) -> None:
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", *self.size, 0, 0))
 
-    def end(self, *, timeout: float = 120) -> int:
+    def end(self, *, timeout: float = 60) -> int:
         """Its exit code, once it has ended by itself; what it wrote is on the screen."""
         end = time.monotonic() + timeout
         while self._read(end):
