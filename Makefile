@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-floor test-gpu bench-gpu check lock clean
+.PHONY: help demo test test-all test-floor test-gpu bench-gpu faults check lock clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -6
@@ -65,6 +65,10 @@ test-gpu:
 # .venv's python where there is one, else the first on PATH: a machine with a card brings its own torch
 bench-gpu:
 	@python -m benchmarks.gpu
+
+# Kills, errors, power losses, flipped bits, hostile inputs, guards taken out; hours. SECTIONS="points power" is a portion.
+faults: $(BIN)/.installed
+	@PYTHONPATH=.:tests python tests/faults/long.py $(SECTIONS)
 
 check: $(BIN)/.installed
 	@ruff check . && ruff format --check . && mypy && lint-imports --no-logo

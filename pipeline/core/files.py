@@ -46,7 +46,7 @@ def publish(path: Path) -> Iterator[Path]:
     """
     temporary = temporary_name(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         remove_leftovers(path.parent, path.name)
         handle = own(temporary, folder=False)
     try:
@@ -72,9 +72,17 @@ def _names(error: OSError, temporary: Path) -> bool:
 def make_folder(path: Path) -> None:
     """A folder and its parents, where they are not there yet."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        _make(path)
     except OSError as error:
         raise PipelineError(f"cannot be made: {error.strerror or error}", where=str(path), code=RESOURCE) from None
+
+
+def _make(folder: Path) -> None:
+    """A folder and its parents, those that are new on the disk before anything is written into them."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync(each.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -90,7 +98,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link to a folder on another disk stays one
     temporary = temporary_name(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         remove_leftovers(path.parent, path.name)
         handle = own(temporary, folder=True)
     try:

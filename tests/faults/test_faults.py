@@ -1,0 +1,58 @@
+"""The fast part of `make faults`: every writer struck at some of its calls, damaged, and left by a loss of power."""
+
+import errno
+import random
+from functools import partial
+from pathlib import Path
+
+import flips
+import fuzz
+import guards
+import powerloss
+import pytest
+import writers
+
+from benchmarks.kills import Trials
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prepared() -> None:
+    writers.prepare()
+
+
+@pytest.mark.parametrize("kind", writers.STEPS)
+def test_a_loss_of_power_leaves_nothing_torn_and_nothing_published_is_lost(kind: str, tmp_path: Path) -> None:
+    found = powerloss.record(partial(writers.write, kind), tmp_path)
+    assert powerloss.bad_states(found, 400, 0) == 0
+    assert powerloss.bad_states(found, 400, 0, files=False) > 0
+    assert powerloss.bad_states(found, 400, 0, folders=False) > 0
+
+
+@pytest.mark.parametrize("kind", writers.STEPS)
+def test_a_bit_or_a_cut_anywhere_is_told_by_the_file(kind: str, tmp_path: Path) -> None:
+    artefact, rng = flips.Artefact(kind, tmp_path), random.Random(0)
+    assert [problem for _ in range(60) if (problem := artefact.flip(rng))] == []
+    assert [problem for _ in range(10) if (problem := artefact.cut(rng))] == []
+
+
+@pytest.mark.parametrize("kind", writers.STEPS)
+def test_a_writer_that_is_struck_once_is_safe_and_goes_on_to_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    trials, rng = Trials(writers.STEPS[kind], tmp_path, strict=False), random.Random(0)
+    calls = range(len(trials.calls))
+    assert [problem for point in rng.sample(trials.points(), 2) if (problem := trials.kill_at(*point))] == []
+    assert [problem for at in rng.sample(calls, 1) if (problem := trials.fail_at(at, errno.EIO))] == []
+
+
+@pytest.mark.parametrize("border", fuzz.BORDERS)
+def test_damaged_input_is_used_or_refused_in_one_line(border: str, tmp_path: Path) -> None:
+    count, failures = fuzz.fuzz(border, 12 if border == "params" else 150, random.Random(0), tmp_path)
+    assert count >= 12
+    assert failures == []
+
+
+def test_the_guards_that_are_taken_out_are_there() -> None:
+    assert len(guards.GUARDS) >= 30
+    assert [guard for guard in guards.GUARDS if guard.text not in (ROOT / guard.file).read_text(encoding="utf-8")] == []
+    assert [guard for guard in guards.GUARDS if not (ROOT / guard.tests).exists()] == []
