@@ -1,21 +1,20 @@
 """The four stages killed at random moments, each kill followed by the same command: the outputs are those of an undisturbed run.
 
-The stages run as `python -m stages.NAME` would, in processes forked from one that has loaded the libraries, in a folder with
-the embedded world's data cut to a few dozen rows. A trial starts from what the stage before has left.
+The stages run as `python -m stages.NAME`, in a folder with the embedded world's data cut to a few dozen rows. A trial starts from
+what the stage before has left. The first third of a run loads libraries, so kills fall into the rest.
 """
 
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
+import time
 from pathlib import Path
 
-from benchmarks.kills import Ended, contents, run
+from benchmarks.kills import Ended, contents
 from pipeline.params.reading import override, read_yaml
 
 STAGES = ("extract", "tokenize", "pretrain", "sft")
@@ -38,22 +37,37 @@ def project(folder: Path, root: Path) -> None:
         (folder / "data" / name).symlink_to(root / "data" / name)
 
 
-def stage(name: str, folder: Path) -> None:
-    os.chdir(folder)
-    sys.argv = [name]
-    runpy.run_module(f"stages.{name}", run_name="__main__")
+def run(name: str, folder: Path, root: Path, *, kill_after: float | None = None) -> Ended:
+    """A stage in a process of its own, which is killed with -9 after so many seconds if it still runs."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"stages.{name}"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    try:
+        text, _ = process.communicate(timeout=kill_after)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        text, _ = process.communicate()  # which ends when its helpers have ended, too
+    return Ended(process.returncode, text, time.perf_counter() - began)
 
 
 class StageKills:
     """The project after each stage (`after[0]`: before any), and how long each takes."""
 
     def __init__(self, scratch: Path, root: Path) -> None:
-        self._scratch = scratch
+        self._scratch, self._root = scratch, root
         self.after, self.seconds = [scratch / "after-0"], list[float]()
         project(self.after[0], root)
         for number, name in enumerate(STAGES):
             folder = self._copy(self.after[number], f"after-{number + 1}")
-            ended = run(partial(stage, name, folder))
+            ended = run(name, folder, root)
             if ended.code:
                 raise RuntimeError(f"{name} ends with {ended.code}: {ended.text[-500:]}")
             self.after.append(folder)
@@ -70,14 +84,14 @@ class StageKills:
         name, expected = STAGES[number], _outputs(self.after[number + 1])
         while True:
             folder = self._copy(self.after[number], "trial")
-            ended = run(partial(stage, name, folder), kill_after=share * self.seconds[number])
+            ended = run(name, folder, self._root, kill_after=share * self.seconds[number])
             if ended.code != 0:
                 break
             share *= 0.7  # it was quicker: another one dies earlier
         what = f"{name} killed after {share:.0%} of its time"
         if ended.code != -signal.SIGKILL:
             return f"{what}: ended with {ended.code}: {ended.text[-300:]!r}"
-        return _judge(what, run(partial(stage, name, folder)), folder, expected)
+        return _judge(what, run(name, folder, self._root), folder, expected)
 
 
 def _judge(what: str, again: Ended, folder: Path, expected: set[tuple[str, int, bytes]]) -> str:
@@ -95,5 +109,5 @@ def _outputs(folder: Path) -> set[tuple[str, int, bytes]]:
 
 def random_kills(kills: StageKills, count: int, rng: random.Random) -> list[str]:
     """So many trials, the stages taking turns; what went wrong."""
-    problems = [kills.kill(number % len(STAGES), rng.random()) for number in range(count)]
+    problems = [kills.kill(number % len(STAGES), rng.uniform(0.33, 1.0)) for number in range(count)]
     return [problem for problem in problems if problem]
