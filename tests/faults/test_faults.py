@@ -55,4 +55,4 @@ def test_damaged_input_is_used_or_refused_in_one_line(border: str, tmp_path: Pat
 def test_the_guards_that_are_taken_out_are_there() -> None:
     assert len(guards.GUARDS) >= 30
     assert [guard for guard in guards.GUARDS if guard.text not in (ROOT / guard.file).read_text(encoding="utf-8")] == []
-    assert [guard for guard in guards.GUARDS if not (ROOT / guard.tests).exists()] == []
+    assert [guard for guard in guards.GUARDS if not (ROOT / guard.tests.split()[0]).exists()] == []
