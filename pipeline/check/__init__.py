@@ -11,14 +11,17 @@ terminal    a report for the terminal; `page` one HTML file of all reports
 from pipeline.check.command import extraction_cost, load_builder
 from pipeline.check.costs import context_of
 from pipeline.check.facts import Model
+from pipeline.check.preflight import Project, check_tracking
 from pipeline.check.survey import Report, Settings, Subject, survey
 from pipeline.check.terminal import open_console, show
 
 __all__ = [
     "Model",
+    "Project",
     "Report",
     "Settings",
     "Subject",
+    "check_tracking",
     "context_of",
     "extraction_cost",
     "load_builder",

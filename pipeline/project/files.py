@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.text import Text
 from ruamel.yaml import YAML
 
+from pipeline.check import Project, check_tracking
 from pipeline.core import PipelineError, publish
-from pipeline.params import Dataset, check, read_yaml
+from pipeline.params import Dataset, check, load, read_yaml
 
 OPTIONAL = set(Dataset.model_fields) - {"records", "images"}
 STYLES = {"+": "green", "-": "red", "@": "cyan"}
@@ -118,3 +119,12 @@ def propose(files: Files, console: Console, *, yes: bool, dry_run: bool) -> bool
             return False
     files.write()
     return True
+
+
+def tell_untracked(console: Console) -> None:
+    """What a queued experiment would go without, with the command that changes it."""
+    found = list(check_tracking(Project(load(Path("params.yaml")))))
+    if found:
+        console.print("\nbefore a sweep, because an experiment sees what git or DVC tracks:")
+    for finding in found:
+        console.print(f"  {finding.remedy}", highlight=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """`glance new PICTURES`: a folder of pictures with captions or conversations -> params.yaml, and the three commands to run next."""
 
+import shlex
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +13,12 @@ from tqdm import tqdm
 from pipeline.check import Model, Report, Settings, Subject, context_of, extraction_cost, load_builder, open_console, show, survey
 from pipeline.core import PipelineError, enter_project, exit_on_error, quiet_libraries, run_command
 from pipeline.params import Params, check
-from pipeline.project.files import Files, propose
+from pipeline.project.files import Files, propose, tell_untracked
 from pipeline.project.plan import Plan, find_records, make_plan
 from pipeline.project.use import take
 from pipeline.records import Source, SourceSpec
+
+SHOWN = (".jpg", ".jpeg", ".png", ".webp")
 
 app = typer.Typer(add_completion=False)
 
@@ -83,14 +86,20 @@ def _tell_next(console: Console, reports: list[Report], plan: Plan, params: Para
         console.print(extraction_cost(reports, params, model.shape, of_params=False), soft_wrap=True, highlight=False)
     steps = ", ".join(f"{name} {count:,}" for name, count in plan.steps.items())
     console.print(f"optimiser steps: {steps}\n", highlight=False)
-    shown = next((path for path in sorted(pictures.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")), None)
-    question = '"Describe the picture."'
-    for command, what in (
-        ("glance check", "every row and picture, before any work"),
+    shown = next((path for path in sorted(pictures.rglob("*")) if path.suffix.lower() in SHOWN), None)
+    first = shlex.quote(str(shown)) if shown else "PICTURE"
+    commands = [
         ("dvc repro", "extract, tokenize, pretrain, sft"),
-        (f"glance chat {shown or 'PICTURE'} {question}", "an answer of your model"),
-    ):
-        console.print(f"  {command:<60} {what}", highlight=False, soft_wrap=True)
+        (f'glance chat {first} "Describe the picture."', "an answer of your model"),
+    ]
+    sweep = [
+        ("dvc exp run --queue -S 'pretrain.lr=1e-3,2e-3,4e-3'", "three experiments ..."),
+        ("dvc queue start", "... one by one"),
+    ]
+    width = max(len(command) for command, _ in [*commands, *sweep])
+    for command, what in [*commands, *sweep]:
+        console.print(f"  {command:<{width}}  {what}", highlight=False, soft_wrap=True)
+    tell_untracked(console)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import typer
 
 from pipeline.core import PipelineError, enter_project, exit_on_error, quiet_libraries, run_command
 from pipeline.params import read_yaml
-from pipeline.project.files import Files, in_params, propose
+from pipeline.project.files import Files, in_params, propose, tell_untracked
 from pipeline.project.models import list_model_folders
 
 READY = Path(__file__).resolve().parents[2] / "docs" / "params"
@@ -39,7 +39,8 @@ def use(
         named = enter_project(reads=[Path(model)] if Path(model).exists() else [])
         console, files = open_console(), Files()
         console.print(take(files, str(named[0]) if named else model, image_token), soft_wrap=True)
-        propose(files, console, yes=yes, dry_run=dry_run)
+        if propose(files, console, yes=yes, dry_run=dry_run):
+            tell_untracked(console)
 
     exit_on_error(work)
 

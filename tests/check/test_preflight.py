@@ -237,7 +237,24 @@ def test_inputs_that_nothing_tracks_are_named_with_the_command(whole: Project) -
     Path("mine/b.jsonl.dvc").write_text("outs: []")
     git("add", "llm")
     git("commit", "-qm", "x")
-    assert "dvc add mine/a.jsonl && git add mine/a.jsonl.dvc" in one("mine/a.jsonl: is tracked by neither git nor DVC", note=True)
+    assert "-> dvc add mine/a.jsonl && git commit" in one("mine/a.jsonl: is tracked by neither git nor DVC", note=True)
+
+
+def test_rows_within_their_pictures_folder_are_tracked_with_it_and_taken_from_git_first(whole: Project) -> None:
+    git("init", "-q")
+    Path(".dvc").mkdir()
+    shutil.copytree("images", "my photos")
+    shutil.copy("rows.jsonl", "my photos/rows.jsonl")
+    git("add", "llm", "my photos/rows.jsonl")
+    git("commit", "-qm", "x")
+    path = Path("params.yaml")
+    text = path.read_text().replace(str(whole.folder / "images"), "my photos")
+    for name in ("pretrain", "sft", "heldout"):
+        text = text.replace(str(whole.folder / f"{name}.jsonl"), "my photos/rows.jsonl")
+    path.write_text(text)
+    found = [line for line in lines(note=True) if "neither git nor DVC" in line]
+    assert len(found) == 1, found
+    assert "-> git rm -rq --cached 'my photos' && dvc add 'my photos' && git commit -m 'Track my photos'" in found[0]
 
 
 def test_a_stage_and_the_check_tell_all_faults_at_once(whole: Project, capsys: pytest.CaptureFixture[str]) -> None:

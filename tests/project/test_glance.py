@@ -198,3 +198,16 @@ def test_a_command_has_its_own_help(command: str) -> None:
     done = run(command, "--help", folder=ROOT)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+def test_what_a_sweep_would_go_without_is_said_with_the_command(
+    project: Path, png: Callable[[int], bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / ".dvc").mkdir()
+    subprocess.run(["git", "init", "-q"], check=True)
+    own_pictures(project / "my photos", png, 8)
+    new(pictures="my photos")
+    said = capsys.readouterr().out
+    assert "dvc exp run --queue" in said
+    assert "dvc add 'my photos' && git commit -m 'Track my photos'" in said
+    assert "dvc add 'my photos/" not in said

@@ -47,4 +47,4 @@ def preflight(params: Params) -> list[Finding]:
     return sorted(dict.fromkeys(found), key=lambda finding: finding.note)
 
 
-__all__ = ["CHECKS", "Finding", "Project", "preflight"]
+__all__ = ["CHECKS", "Finding", "Project", "check_tracking", "preflight"]

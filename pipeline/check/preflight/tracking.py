@@ -1,5 +1,6 @@
 """What a queued experiment would not see: it runs on a copy that holds what git or DVC tracks, and nothing else."""
 
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,14 @@ def check_tracking(project: Project) -> Iterator[Finding]:
     """A note for each input that neither git nor DVC tracks, with the commands that change it."""
     if not Path(".git").exists() or not Path(".dvc").is_dir():
         return
-    for path in sorted(_inputs(project)):
-        if not path.exists() or path.is_absolute() or _of_dvc(path, project.made) or _of_git(path):
+    named = {path for path in _inputs(project) if path.exists() and not path.is_absolute()}
+    untracked = [path for path in named if not _of_dvc(path, project.made) and not _of_git(path)]
+    for path in sorted(untracked):
+        if named.intersection(path.parents):  # goes with the folder that it lies in
             continue
-        remedy = f"dvc add {path} && git add {path}.dvc {path.parent / '.gitignore'} && git commit -m 'Track {path}'"
+        name = shlex.quote(str(path))
+        untrack = f"git rm -rq --cached {name} && " if _git("ls-files", "--", str(path)) else ""  # DVC takes nothing that git has
+        remedy = f"{untrack}dvc add {name} && git commit -m {shlex.quote(f'Track {path}')}"
         what = "is tracked by neither git nor DVC, so `dvc exp run --queue` and `--temp` would run without it"
         yield Finding(what, str(path), remedy, note=True)
 
