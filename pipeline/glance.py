@@ -16,7 +16,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "use": ("pipeline.project.use", "Set up", "Other models: a ready pair, a hub id or a folder."),
     "check": ("pipeline.check", "Set up", "Every row and picture before any GPU second, and what stands in the way of a run."),
     "params": ("pipeline.params", "Set up", "Is params.yaml right, also with some keys changed?"),
-    "report": ("pipeline.report", "Look", "What the last run gave."),
+    "report": (
+        "pipeline.report",
+        "Look",
+        "What the last run gave; --html: one page of curves, answers and pictures, also of several experiments.",
+    ),
     "doctor": ("pipeline.doctor", "Look", "What killed runs and careless hands have left behind, and what mends it."),
     "features": ("pipeline.features", "Look", "The feature store: verify, info, show."),
     "chat": ("pipeline.chat", "Use a model", "Talk about a picture in the terminal."),

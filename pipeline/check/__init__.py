@@ -11,6 +11,7 @@ terminal    a report for the terminal; `page` one HTML file of all reports
 from pipeline.check.command import extraction_cost, load_builder
 from pipeline.check.costs import context_of
 from pipeline.check.facts import Model
+from pipeline.check.pictures import thumbnail
 from pipeline.check.preflight import Project, check_tracking
 from pipeline.check.survey import Report, Settings, Subject, survey
 from pipeline.check.terminal import open_console, show
@@ -28,4 +29,5 @@ __all__ = [
     "open_console",
     "show",
     "survey",
+    "thumbnail",
 ]

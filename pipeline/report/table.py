@@ -1,4 +1,4 @@
-"""What the last run gave: `python -m pipeline.report` prints the table of `make demo` from metrics/*.json."""
+"""What the last run gave, on the terminal: the table of `make demo`, from metrics/*.json."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.core import ARTEFACT, PipelineError, enter_project, run_command
+from pipeline.core import ARTEFACT, PipelineError
 
 STAGES = ("extract", "tokenize", "pretrain", "sft")
 
@@ -49,12 +49,13 @@ def tables(found: dict[str, dict[str, Any]]) -> list[Table]:
     return [results, costs]
 
 
-def main() -> None:
-    enter_project()
+def show_table() -> None:
+    """Print it, and what to try."""
     console = Console(width=100)
     for table in tables(read_metrics(Path("metrics"))):
         console.print(table)
     console.print(
+        "Report: python -m pipeline.report --html report.html, with every picture, answer and curve worth a look\n"
         "Curves: dvc plots show, which writes dvc_plots/index.html. Figures: dvc metrics show\n"
         "Try:    source .venv/bin/activate\n"
         "        dvc exp run -S pretrain.lr=2e-3          trains again on the cached features\n"
@@ -62,7 +63,3 @@ def main() -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-if __name__ == "__main__":
-    run_command(main)

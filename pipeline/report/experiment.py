@@ -1,0 +1,134 @@
+"""The files of a run: of the work tree, or of an experiment or commit as git and DVC's cache hold them. Nothing is checked out."""
+
+import io
+import json
+import subprocess
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.core import ARTEFACT, PipelineError, brief
+from pipeline.params.reading import parse
+
+STAGES = ("extract", "tokenize", "pretrain", "sft")
+TRAINED = ("pretrain", "sft")
+HERE = "work tree"
+MAX_TEXT = 256 << 20  # bytes of a file that is read whole: a history of some million steps
+
+
+class Experiment:
+    """One run.
+
+    Args:
+        name: an experiment, branch, tag or commit; empty for the work tree.
+
+    Raises `PipelineError` for a name that neither git nor DVC knows.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        self.name, self._files = name or HERE, _files_at(name) if name else None
+        self.commit = _commit(name or "HEAD")
+        self.metrics = {stage: self.json(f"metrics/{stage}.json") for stage in STAGES}
+        self.scores = {stage: self.json(f"results/{stage}/scores.json") for stage in TRAINED}
+        text = self.read("params.yaml")
+        self.sections = _yaml(text, f"params.yaml of {self.name}") if text is not None else {}
+        self.params = flat(self.sections)
+
+    def open(self, path: str) -> BinaryIO | None:
+        """A file to read and seek in; None where the run has none.
+
+        Raises `PipelineError` where DVC knows it and the cache of this checkout does not hold it.
+        """
+        try:
+            return Path(path).open("rb") if self._files is None else self._files.open(path, "rb")
+        except (FileNotFoundError, NotADirectoryError, KeyError):
+            if self._files is not None and self._lists(path):
+                raise PipelineError(
+                    "not in DVC's cache", where=f"{path} of {self.name}", remedy=self._remedy(), code=ARTEFACT
+                ) from None
+            return None
+        except Exception as error:  # DVC's own are many
+            raise PipelineError(
+                f"cannot be read: {brief(error)}", where=f"{path} of {self.name}", remedy=self._remedy(), code=ARTEFACT
+            ) from None
+
+    def read(self, path: str) -> bytes | None:
+        """The bytes of a file; None where the run has none."""
+        file = self.open(path)
+        if file is None:
+            return None
+        with file:
+            data = file.read(MAX_TEXT + 1)
+        if len(data) > MAX_TEXT:
+            raise PipelineError(f"more than {MAX_TEXT:,} bytes", where=f"{path} of {self.name}", code=ARTEFACT)
+        return data
+
+    def json(self, path: str) -> dict[str, Any]:
+        """The object in a JSON file; empty where the run has none. Raises `PipelineError` for what is no object."""
+        data = self.read(path)
+        if data is None:
+            return {}
+        try:
+            found = json.load(io.BytesIO(data))
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise PipelineError("not a JSON object", where=f"{path} of {self.name}", remedy=self._remedy(), code=ARTEFACT)
+        return found
+
+    def _lists(self, path: str) -> bool:
+        try:
+            return bool(self._files is not None and self._files.exists(path))
+        except Exception:
+            return False
+
+    def _remedy(self) -> str:
+        return "dvc repro" if self._files is None else f"dvc exp apply {self.name} && dvc repro, or dvc fetch"
+
+
+def _files_at(name: str) -> Any:
+    from dvc.api import DVCFileSystem
+
+    try:
+        files = DVCFileSystem(rev=name)
+        files.repo.get_rev()
+    except Exception as error:  # DVC's own are many
+        remedy = "dvc exp show, dvc exp list and git log name them"
+        raise PipelineError(f"no such experiment: {brief(error)}", where=name, remedy=remedy) from None
+    return files
+
+
+def _commit(revision: str) -> str:
+    """Its short hash; empty where there is no git, or git does not know the name, as with an experiment's."""
+    command = ["git", "rev-parse", "--short=12", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"]
+    try:
+        made = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return made.stdout.strip() if made.returncode == 0 else ""
+
+
+def committed_params() -> dict[str, Any]:
+    """The keys of params.yaml in git's last commit; empty where there is none."""
+    command = ["git", "show", "HEAD:./params.yaml"]
+    try:
+        made = subprocess.run(command, capture_output=True, timeout=30, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return flat(_yaml(made.stdout, "params.yaml of HEAD")) if made.returncode == 0 else {}
+
+
+def _yaml(data: bytes, where: str) -> Any:
+    try:
+        return parse(data.decode("utf-8-sig"))
+    except Exception as error:  # the parser's own are many
+        raise PipelineError(f"cannot be read: {brief(error)}", where=where, code=ARTEFACT) from None
+
+
+def flat(content: Any, before: str = "") -> dict[str, Any]:
+    """Nested sections as one level: `pretrain.lr` and so on."""
+    if not isinstance(content, dict) or not content:
+        return {before: content} if before else {}
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= flat(value, f"{before}.{key}" if before else str(key))
+    return found

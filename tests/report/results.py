@@ -1,0 +1,114 @@
+"""A made-up project of finished runs: figures, answers, curves and pictures as the stages write them, nothing trained."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline.params.reading import override, read_yaml
+from pipeline.vlm.evaluation.metrics import METRICS, exact
+from pipeline.vlm.evaluation.predictions import summarise, write_table
+
+ROOT = Path(__file__).parents[2]
+WORDS = ("Red.", "Blue.", "Yes.", "No.")
+ASKED = ("What color is it?", "What color is it?", "Is there a circle?", "Is there a circle?")
+
+
+class Results:
+    """The folder the test runs in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copy(ROOT / "params.yaml", folder)
+        shutil.copy(ROOT / "dvc.yaml", folder)
+        (folder / ".dvc/plots").mkdir(parents=True)
+        (folder / ".dvc/plots/offline.html").symlink_to(ROOT / ".dvc/plots/offline.html")
+        (folder / "data/pictures").mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (40, 30), (30 * number, 90, 200)).save(folder / f"data/pictures/{number}.png")
+        (folder / "data/rows.jsonl").write_text(
+            json.dumps(
+                {"messages": [{"role": "user", "content": "<image>x"}, {"role": "assistant", "content": "y"}], "images": ["0.png"]}
+            )
+            + "\n"
+        )
+        self.set("data.heldout.records=data/rows.jsonl", "data.heldout.images=data/pictures")
+
+    def set(self, *assignments: str) -> None:
+        from ruamel.yaml import YAML
+
+        content = read_yaml(self.folder / "params.yaml")
+        override(content, list(assignments))
+        YAML().dump(content, self.folder / "params.yaml")
+
+    def rows(self, count: int = 120, *, wrong_every: int = 5) -> list[dict[str, Any]]:
+        """Questions about eight pictures, one in so many answered wrongly."""
+        made = []
+        for number in range(count):
+            reference, wrong = WORDS[number % 4], number % wrong_every == 0
+            made.append(
+                {
+                    "where": f"data/rows.jsonl:{number + 1}",
+                    "turn": 0,
+                    "images": [f"{number % 8}.png"],
+                    "question": ASKED[number % 4],
+                    "reference": reference,
+                    "answer": WORDS[(number + 1) % 4] if wrong else reference,
+                    "blind": WORDS[(number // 4) % 4],
+                    "log_likelihood": [-3.0 - number / count if wrong else -0.01, -0.001],
+                }
+            )
+        return made
+
+    def write(self, stage: str, rows: list[dict[str, Any]], *, heldout: bool = False, **figures: Any) -> None:
+        """What a stage leaves behind it, by the code that the stages use."""
+        folder = self.folder / "results" / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        table = pa.Table.from_pylist(rows)
+        table = table.set_column(1, "turn", table["turn"].cast(pa.int32()))
+        table = table.set_column(7, "log_likelihood", table["log_likelihood"].cast(pa.list_(pa.float32())))
+        pairs = [(row["answer"], row["reference"]) for row in rows]
+        for name, metric in METRICS.items():
+            table = table.append_column(name, pa.array([metric(*pair) for pair in pairs], pa.float32()))
+        blind = [exact(row["blind"], row["reference"]) for row in rows]
+        table = table.append_column("blind_exact", pa.array(blind, pa.float32()))
+        write_table(folder / "predictions.parquet", table)
+        (folder / "scores.json").write_text(json.dumps(summarise(table)))
+        steps = np.arange(300)
+        lines = [f"{step},0,{3 * 0.98**step + 0.01},{1e-3 * (1 - step / 300)},{1 + step % 7}" for step in steps]
+        (folder / "history.csv").write_text("\n".join(["step,epoch,loss,lr,grad_norm", *lines]) + "\n")
+        if heldout:
+            (folder / "heldout.csv").write_text("step,loss\n" + "".join(f"{step},{2 / (step + 1)}\n" for step in range(9, 300, 10)))
+        said = {
+            "questions": len(rows),
+            "accuracy": float(np.mean(table["exact"])),
+            "accuracy_blind": float(np.mean(blind)),
+            "loss": 0.25,
+            "seconds": 12.5,
+            "peak_memory_gb": 1.25,
+            "steps": 300,
+            "train_loss": 0.02,
+        }
+        self.metrics(stage, **(said | figures))
+
+    def metrics(self, stage: str, **figures: Any) -> None:
+        (self.folder / "metrics").mkdir(exist_ok=True)
+        (self.folder / f"metrics/{stage}.json").write_text(json.dumps(figures))
+
+    def demo(self) -> None:
+        """All four stages of a sound run."""
+        self.metrics("extract", images=8, cache_mb=1.5, seconds=2.0, peak_memory_gb=0.5)
+        self.metrics("tokenize", seconds=1.0, peak_memory_gb=0.4, heldout={"rows": 120, "tokens": 9000})
+        self.write("pretrain", self.rows(wrong_every=3))
+        self.write("sft", self.rows(wrong_every=5), heldout=True)
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
+    monkeypatch.chdir(tmp_path)
+    return Results(tmp_path)
