@@ -16,7 +16,19 @@ from PIL import Image
 
 from pipeline.check.counting import Keys, Spread
 from pipeline.core import PipelineError, brief, prefetch
-from pipeline.records import FORMATS, BadRow, ImageError, Mixture, Record, Source, bad_record, check_size, decode, digest
+from pipeline.records import (
+    FORMATS,
+    BadRow,
+    ImageError,
+    Mixture,
+    Record,
+    Source,
+    bad_record,
+    check_size,
+    decode,
+    digest,
+    unknown_kind,
+)
 
 SIDE = 160  # pixels of a thumbnail's longer side
 SHOWN = 6  # pictures drawn of one row
@@ -175,9 +187,10 @@ def read_header(data: bytes, *, where: str) -> tuple[str, tuple[int, int]]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             kind, size = f"{image.format} {image.mode}", image.size
     except Exception as error:
-        what = brief(error) if data and not str(error).startswith("cannot identify") else ""
-        what = f"not a picture that can be decoded: {what}" if what else f"not a picture in a known format ({', '.join(FORMATS)})"
-        raise ImageError(what if data else "empty file", where=where) from None
+        if data and str(error).startswith("cannot identify"):
+            raise unknown_kind(data, where=where) from None
+        what = f"not a picture that can be decoded: {brief(error)}" if data else "empty file"
+        raise ImageError(what, where=where) from None
     check_size(size, where=where)
     return kind, size
 

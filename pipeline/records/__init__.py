@@ -7,7 +7,7 @@ datasets   a data set as params.yaml names it, bad rows dealt with
 """
 
 from pipeline.records.datasets import good_rows, measured_rows, no_pictures, open_dataset, picture_is_used, row_policy, side_of
-from pipeline.records.decoder import DECODER, FORMATS, check_size, decode
+from pipeline.records.decoder import DECODER, FORMATS, check_size, decode, unknown_kind
 from pipeline.records.formats import BadRow, Digests, GoodImages, Mixture, Source, SourceSpec, Split, readable
 from pipeline.records.formats.lines import JsonLines
 from pipeline.records.formats.policy import SHOWN
@@ -50,4 +50,5 @@ __all__ = [
     "readable",
     "row_policy",
     "side_of",
+    "unknown_kind",
 ]

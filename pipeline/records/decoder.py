@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.core import RESOURCE, PipelineError, brief
 from pipeline.records.images import MAX_FILE, ImageError
 from pipeline.records.metadata import without_metadata
+from pipeline.records.other_kinds import kind_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # parsers an image may reach; EPS would start another program
 MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded
@@ -40,6 +41,13 @@ def check_size(size: tuple[int, int], *, where: str) -> None:
         raise ImageError(f"{width}×{height} pixels, more than {MAX_PIXELS:,}", where=where)
     if max(size) > MAX_RATIO * min(size):
         raise ImageError(f"{width}×{height} pixels, its sides more than {MAX_RATIO} to 1", where=where)
+
+
+def unknown_kind(data: bytes, *, where: str) -> ImageError:
+    """The error for a file that no decoder takes: what it is and what converts it, where that is known."""
+    if found := kind_of(data):
+        return ImageError(f"a picture of kind {found[0]}, which is not read", where=where, remedy=found[1])
+    return ImageError(f"not a picture in a known format ({', '.join(FORMATS)})", where=where)
 
 
 def decode(data: bytes, *, where: str) -> Image.Image:
@@ -73,7 +81,7 @@ def _decode_again(data: bytes, where: str, error: Exception) -> Image.Image:
     if isinstance(error, Image.DecompressionBombError):
         raise ImageError(f"more than {MAX_PIXELS:,} pixels", where=where) from None
     if isinstance(error, UnidentifiedImageError):
-        raise ImageError(f"not a picture in a known format ({', '.join(FORMATS)})", where=where) from None
+        raise unknown_kind(data, where=where) from None
     raise ImageError(f"not a picture that can be decoded: {brief(error)}", where=where) from None
 
 
