@@ -28,6 +28,13 @@ def images(tmp_path: Path, png: Png) -> Path:
 # The documented example of each format, as its project's own pages give it.
 
 
+def test_a_comma_in_a_file_name_of_llava_is_part_of_the_name(tmp_path: Path, images: Path, png: Png) -> None:
+    (images / "a, b.png").write_bytes(png(3))
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]
+    path = write(tmp_path / "llava.jsonl", {"id": "1", "image": "a, b.png", "conversations": turns})
+    assert seen(SourceSpec(str(path), str(images))) == [(talk((0, "\nWhat?"), "It."), [png(3)])]
+
+
 def test_minimind_v_2025_json_lines_with_several_images_parted_by_commas(tmp_path: Path, images: Path, png: Png) -> None:
     one = {
         "conversations": [

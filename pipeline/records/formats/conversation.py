@@ -34,11 +34,17 @@ class Reading:
     unplaced: str = "refuse"  # or "first": pictures without a place stand before the first question
 
 
+def _parts_names(messages: Any) -> bool:
+    """Whether commas part the names in `image`: they do beside MiniMind's turns, and belong to the name beside LLaVA's (`from`)."""
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return messages is not None and not (isinstance(first, dict) and "from" in first)
+
+
 def turns_and_pictures(content: dict[str, Any], reading: Reading, *, where: str) -> tuple[tuple[Turn, ...], list[Any]]:
     """A row's turns and its pictures in slot order, each as the row has it; raises `PipelineError` naming what is wrong."""
     look = reading.columns.look(tuple(content))
     messages, pictures = _pick(content, look, "turns", where), _pick(content, look, "images", where)
-    work = Build(where, reading.columns, listed(pictures, where, part_at_commas=messages is not None), [])
+    work = Build(where, reading.columns, listed(pictures, where, part_at_commas=_parts_names(messages)), [])
     if look.closely or look.pointers:
         refuse_unread(content, look, where, shows=lambda: bool(work.given))
     layout, turns = TURNS, _conversation(messages, work) if messages is not None else []
