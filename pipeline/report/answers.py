@@ -101,7 +101,9 @@ class Answers:
             return Confusion([], [], [])
         references = _frequent(total, "reference")
         kept = total.filter(pc.is_in(total["reference"], value_set=pa.array(references, pa.string())))
-        answers = _frequent(kept, "answer")
+        given = _frequent(kept, "answer")
+        answers = [text for text in references if text in given]  # in the same order: what is right lies on the diagonal
+        answers += [text for text in given if text not in references]
         sums = dict.fromkeys(((one, other) for one in references for other in [*answers, None]), 0)
         known = pc.is_in(kept["answer"], value_set=pa.array(answers, pa.string()))
         for row in kept.filter(known).to_pylist():

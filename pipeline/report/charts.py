@@ -13,6 +13,8 @@ from pipeline.core import ARTEFACT, PipelineError
 POINTS = 400  # of a curve; a longer one is drawn by the means of as many equal parts
 WINDOW = 40  # parts of a curve: the smoothed one is the mean of two of them around each point
 Spec = dict[str, Any]
+WIDE: Spec = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+LEGEND: Spec = {"orient": "bottom", "title": None, "columns": 2, "labelLimit": 300, "symbolOpacity": 1, "symbolStrokeWidth": 2}
 Curves = Mapping[str, np.ndarray]
 
 
@@ -51,7 +53,7 @@ def _curve(title: str, runs: Mapping[str, Curves], column: str, names: Sequence[
         return None
     heights = [point["y"] for point in values if point["y"] is not None]
     broad = bool(heights) and min(heights) > 0 and max(heights) > 20 * min(heights) and column != "lr"
-    y: Spec = {"field": "y", "type": "quantitative", "title": None, "scale": {"zero": False, "type": "log" if broad else "linear"}}
+    y: Spec = {"field": "y", "type": "quantitative", "title": None, "scale": {"type": "log"} if broad else {"zero": False}}
     y["axis"] = {"tickCount": 5, "format": "~g", "labelOverlap": True}
     if broad:
         decades = range(math.floor(math.log10(min(heights))), math.ceil(math.log10(max(heights))) + 1)
@@ -59,8 +61,8 @@ def _curve(title: str, runs: Mapping[str, Curves], column: str, names: Sequence[
     tips = [{"field": key, "type": "quantitative", "title": text} for key, text in (("step", "step"), ("y", title.lower()))]
     x = {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickCount": 6, "grid": False}}
     raw: Spec = {"mark": {"type": "line", "opacity": 0.3 if smooth else 1, "tooltip": True}, "encoding": {"y": y, "tooltip": tips}}
-    if len(values) <= 60 * len(names) and not smooth:
-        raw["mark"]["point"] = len(values) <= 30 * len(names)
+    if column == "loss" and not smooth:  # measured now and then
+        raw["mark"]["point"] = True
     layer = [raw]
     if smooth:
         side = max(1, min(POINTS, len(values) // len(names)) // WINDOW)
@@ -74,7 +76,7 @@ def _curve(title: str, runs: Mapping[str, Curves], column: str, names: Sequence[
         )
     spec: Spec = {
         "title": title + (" (log scale)" if broad else ""),
-        "width": "container",
+        **WIDE,
         "height": 170,
         "data": {"values": values},
     }
@@ -96,7 +98,7 @@ def _points(curves: Curves, column: str, run: str) -> list[Spec]:
 
 
 def _colour(names: Sequence[str]) -> Spec:
-    legend = None if len(names) < 2 else {"orient": "bottom", "title": None, "columns": 2, "labelLimit": 300}
+    legend = None if len(names) < 2 else LEGEND
     return {"field": "run", "type": "nominal", "scale": {"domain": list(names)}, "legend": legend}
 
 
@@ -110,13 +112,13 @@ def interval_chart(title: str, groups: Sequence[Spec], names: Sequence[str]) -> 
     grey = {"value": "#8b95a1"}
     return {
         "title": title,
-        "width": "container",
-        "height": {"step": 13 if len(names) > 1 else 22},
+        **WIDE,
+        "height": max(60, len(order) * (14 * len(names) + 8)),
         "data": {"values": list(groups)},
         "encoding": {
             "y": {"field": "name", "type": "nominal", "sort": order, "title": None, "axis": {"labelLimit": 110}},
             "yOffset": {"field": "run", "type": "nominal", "sort": list(names)},
-            "color": {**_colour(names), "legend": {"orient": "bottom", "title": None, "columns": 2, "labelLimit": 300}},
+            "color": {**_colour(names), "legend": LEGEND},
         },
         "layer": [
             {"mark": {"type": "rule", "strokeWidth": 2}, "encoding": spread},

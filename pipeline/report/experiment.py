@@ -26,7 +26,7 @@ class Experiment:
 
     def __init__(self, name: str = "") -> None:
         self.name, self._files = name or HERE, _files_at(name) if name else None
-        self.commit = _commit(name or "HEAD")
+        self.commit = str(self._files.repo.get_rev())[:12] if self._files is not None else _head()
         self.metrics = {stage: self.json(f"metrics/{stage}.json") for stage in STAGES}
         self.scores = {stage: self.json(f"results/{stage}/scores.json") for stage in TRAINED}
         text = self.read("params.yaml")
@@ -97,24 +97,25 @@ def _files_at(name: str) -> Any:
     return files
 
 
-def _commit(revision: str) -> str:
-    """Its short hash; empty where there is no git, or git does not know the name, as with an experiment's."""
-    command = ["git", "rev-parse", "--short=12", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"]
+def _head() -> str:
+    """The commit that the work tree stands on; empty where there is no git."""
+    found = _git("rev-parse", "--short=12", "--verify", "HEAD")
+    return found.decode().strip() if found else ""
+
+
+def _git(*arguments: str) -> bytes | None:
+    """What git says; None where it is not there or says no."""
     try:
-        made = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        made = subprocess.run(["git", *arguments], capture_output=True, timeout=30, check=False)
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return made.stdout.strip() if made.returncode == 0 else ""
+        return None
+    return made.stdout if made.returncode == 0 else None
 
 
 def committed_params() -> dict[str, Any]:
     """The keys of params.yaml in git's last commit; empty where there is none."""
-    command = ["git", "show", "HEAD:./params.yaml"]
-    try:
-        made = subprocess.run(command, capture_output=True, timeout=30, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return flat(_yaml(made.stdout, "params.yaml of HEAD")) if made.returncode == 0 else {}
+    data = _git("show", "HEAD:./params.yaml")
+    return {} if data is None else flat(_yaml(data, "params.yaml of HEAD"))
 
 
 def _yaml(data: bytes, where: str) -> Any:

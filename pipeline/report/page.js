@@ -4,7 +4,7 @@ const colour = name => getComputedStyle(document.documentElement).getPropertyVal
 function draw() {
   const dim = colour("--dim"), line = colour("--line"), ink = colour("--ink"), font = "system-ui, sans-serif";
   const text = {labelColor: dim, titleColor: dim, labelFont: font, titleFont: font, titleFontWeight: "normal"};
-  const config = {background: "transparent", view: {stroke: null}, autosize: {type: "fit-x", contains: "padding"},
+  const config = {background: "transparent", view: {stroke: null},
     axis: {...text, gridColor: line, domainColor: line, tickColor: line, labelFontSize: 11},
     legend: {...text, labelFontSize: 12}, title: {color: ink, font: font, fontSize: 13, anchor: "start", fontWeight: 600},
     range: {category: ["--one", "--two", "--three", "--four", "--five", "--six", "--seven", "--eight"].map(colour)}};

@@ -26,8 +26,7 @@ class Results:
         self.folder = folder
         shutil.copy(ROOT / "params.yaml", folder)
         shutil.copy(ROOT / "dvc.yaml", folder)
-        (folder / ".dvc/plots").mkdir(parents=True)
-        (folder / ".dvc/plots/offline.html").symlink_to(ROOT / ".dvc/plots/offline.html")
+        self.link_library()
         (folder / "data/pictures").mkdir(parents=True)
         for number in range(8):
             Image.new("RGB", (40, 30), (30 * number, 90, 200)).save(folder / f"data/pictures/{number}.png")
@@ -38,6 +37,11 @@ class Results:
             + "\n"
         )
         self.set("data.heldout.records=data/rows.jsonl", "data.heldout.images=data/pictures")
+
+    def link_library(self) -> None:
+        """What draws the charts, where a project has it."""
+        (self.folder / ".dvc/plots").mkdir(parents=True)
+        (self.folder / ".dvc/plots/offline.html").symlink_to(ROOT / ".dvc/plots/offline.html")
 
     def set(self, *assignments: str) -> None:
         from ruamel.yaml import YAML
@@ -67,17 +71,12 @@ class Results:
 
     def write(self, stage: str, rows: list[dict[str, Any]], *, heldout: bool = False, **figures: Any) -> None:
         """What a stage leaves behind it, by the code that the stages use."""
-        folder = self.folder / "results" / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        table = pa.Table.from_pylist(rows)
-        table = table.set_column(1, "turn", table["turn"].cast(pa.int32()))
-        table = table.set_column(7, "log_likelihood", table["log_likelihood"].cast(pa.list_(pa.float32())))
-        pairs = [(row["answer"], row["reference"]) for row in rows]
-        for name, metric in METRICS.items():
-            table = table.append_column(name, pa.array([metric(*pair) for pair in pairs], pa.float32()))
         blind = [exact(row["blind"], row["reference"]) for row in rows]
-        table = table.append_column("blind_exact", pa.array(blind, pa.float32()))
-        write_table(folder / "predictions.parquet", table)
+        scored = [
+            row | {name: metric(row["answer"], row["reference"]) for name, metric in METRICS.items()} | {"blind_exact": unseen}
+            for row, unseen in zip(rows, blind, strict=True)
+        ]
+        table, folder = self.write_answers(stage, scored), self.folder / "results" / stage
         (folder / "scores.json").write_text(json.dumps(summarise(table)))
         steps = np.arange(300)
         lines = [f"{step},0,{3 * 0.98**step + 0.01},{1e-3 * (1 - step / 300)},{1 + step % 7}" for step in steps]
@@ -95,6 +94,14 @@ class Results:
             "train_loss": 0.02,
         }
         self.metrics(stage, **(said | figures))
+
+    def write_answers(self, stage: str, rows: list[dict[str, Any]]) -> pa.Table:
+        """predictions.parquet alone."""
+        path = self.folder / "results" / stage / "predictions.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = pa.Table.from_pylist(rows)
+        write_table(path, table)
+        return table
 
     def metrics(self, stage: str, **figures: Any) -> None:
         (self.folder / "metrics").mkdir(exist_ok=True)

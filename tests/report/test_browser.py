@@ -1,0 +1,64 @@
+"""The page in a real browser (headless Chromium), with nothing but the file: charts are drawn and nothing is refused by its policy.
+
+Skipped without a Chromium on PATH. With GLANCE_SCREENSHOTS=docs/report the screenshots go there, of the results of
+GLANCE_REPORT, a page that is there already, or of made-up ones.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from results import Results, results  # noqa: F401
+
+from pipeline.report.page import write_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")]
+VIEWS = {"desktop": ("1100,2300",), "phone": ("500,2300",), "dark": ("1100,2300", "--force-dark-mode")}
+
+
+def chromium(page: Path, *arguments: str) -> str:
+    """What it prints, its log included."""
+    assert CHROMIUM is not None
+    fixed = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--virtual-time-budget=8000",
+        "--enable-logging=stderr",
+    )
+    made = subprocess.run(
+        [CHROMIUM, *fixed, *arguments, page.resolve().as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    return made.stdout + "\n" + "\n".join(line for line in made.stderr.splitlines() if ":CONSOLE" in line)
+
+
+def test_charts_are_drawn_and_nothing_is_refused(results: Results) -> None:
+    results.demo()
+    write_report(Path("report.html"), [])
+    found = chromium(Path("report.html"), "--dump-dom")
+    assert found.count('<svg xmlns="http://www.w3.org/2000/svg"') == found.count('<div class="chart') >= 8
+    assert "CONSOLE" not in found
+    assert "40 shown" in found
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_picture_of_it(results: Results, view: str) -> None:
+    results.demo()
+    write_report(Path("report.html"), [])
+    folder = Path(os.environ.get("GLANCE_SCREENSHOTS", results.folder)).absolute()
+    folder.mkdir(exist_ok=True)
+    shown, (size, *more) = folder / f"report-{view}.png", VIEWS[view]
+    page = Path(os.environ.get("GLANCE_REPORT", "report.html"))
+    chromium(page, f"--window-size={size}", f"--screenshot={shown}", *more)
+    with Image.open(shown) as picture:
+        colours = picture.convert("RGB").quantize(64)
+        assert picture.width == int(size.split(",")[0])
+        corner = picture.convert("L").getpixel((2, 2))
+    assert isinstance(corner, int)
+    assert (corner < 64) == (view == "dark")
+    colours.save(shown, optimize=True)
