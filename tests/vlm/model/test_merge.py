@@ -89,8 +89,9 @@ def test_a_checkpoint_keeps_its_merging(world: World, tmp_path: Path, merge: str
     projector = build_projector("mlp", WIDTH, HIDDEN, merge, factor)
     model = VisionLanguageModel(projector, world.model().language_model)
     shape = {"kind": "mlp", "width": WIDTH, "hidden": HIDDEN, "merge": merge, "factor": factor}
+    vision = {"model": world.clip.name, "revision": "", "layer": -1, "precision": "float32", "spec": world.clip.spec()}
     llm = {"model": str(world.llm), "revision": "", "image_token": "<image>"}
-    checkpoint.save(tmp_path / "m", model, Manifest({}, llm, shape, own_llm=False), world.builder)
+    checkpoint.save(tmp_path / "m", model, Manifest(vision, llm, shape, own_llm=False), world.builder)
     again, manifest = checkpoint.load(tmp_path / "m")
     features = torch.randn(2, PATCHES, WIDTH)
     assert manifest.merging == (merge, factor)
