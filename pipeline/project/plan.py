@@ -8,12 +8,14 @@ from typing import Any
 from pipeline.check import Report
 from pipeline.core import PipelineError
 from pipeline.project.files import in_params
+from pipeline.records import BadRow, Digests, Record, Split
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 ENOUGH = 1_000  # held-out pictures that say what there is to say
 LEAST = 20  # held-out pictures below which a figure says little
 STEPS = 60  # optimiser steps below which a small data set is gone through more often
 MOST_EPOCHS = 20
+FEW_ROWS, SEEDS = 200, 100  # rows that are dealt out by a chosen seed, and how many are tried
 
 
 @dataclass(slots=True)
@@ -71,6 +73,8 @@ def make_plan(reports: list[Report], pictures: Path, trainings: dict[str, Any]) 
         plan.reasons.append('sft asks "Describe the picture." of every caption, so that the model can be asked')
     share = _share(plan, len(second.pictures.contents), second.good)
     plan.sections["data.heldout"]["share"] = share
+    if second.good < FEW_ROWS and (seed := _seed(second, share)):
+        plan.sections["data.heldout"]["seed"] = seed
     if bad := sum(report.bad.count for report in reports):
         plan.sections["data"] = {"on_error": "skip", "max_bad_share": round(min(1.0, 1.5 * bad / sum(r.rows for r in reports)), 3)}
         plan.reasons.append(f"{bad:,} rows cannot be used: data.on_error is skip, which lists them in data/tokens")
@@ -98,6 +102,25 @@ def _share(plan: Plan, pictures: int, rows: int) -> float:
             f"fewer than {LEAST} held-out pictures say little about a model: collect more before you trust a figure"
         )
     return share
+
+
+def _seed(report: Report, share: float) -> int:
+    """The first seed that deals out about that share of so few rows: by chance alone there may be none to measure on."""
+    source = report.subject.source
+    rows = [row for row in source.records() if not isinstance(row, BadRow)]
+    digest_of, wanted = Digests(source.images), max(1, round(len(rows) * share))
+    for tried in range(SEEDS):
+        split = Split(digest_of, share=share, seed=tried)
+        if abs(sum(_side(split, row) == "heldout" for row in rows) - wanted) <= wanted // 10:
+            return tried
+    return 0
+
+
+def _side(split: Split, row: Record) -> str | None:
+    try:
+        return split.side(row)
+    except PipelineError:  # a picture that cannot be read: nobody uses its row
+        return None
 
 
 def _plan_training(plan: Plan, name: str, report: Report, share: float, training: Any) -> None:

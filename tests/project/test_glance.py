@@ -21,6 +21,8 @@ from pipeline.project.models import list_model_folders
 from pipeline.project.new import _new
 from pipeline.project.plan import find_records
 from pipeline.project.use import take
+from pipeline.records import digest
+from pipeline.records.formats.split import is_held_out
 
 
 @pytest.fixture
@@ -211,3 +213,11 @@ def test_what_a_sweep_would_go_without_is_said_with_the_command(
     assert "dvc exp run --queue" in said
     assert "dvc add 'my photos' && git commit -m 'Track my photos'" in said
     assert "dvc add 'my photos/" not in said
+
+
+def test_of_few_pictures_one_is_held_out_and_the_others_are_trained_on(project: Path, png: Callable[[int], bytes]) -> None:
+    own_pictures(project / "photos", png, 5)
+    new()
+    heldout = check(read_yaml(project / "params.yaml"), where="params.yaml").data.heldout
+    keys = [digest(png(number)) for number in range(5)]
+    assert sum(is_held_out(key, share=heldout.share, seed=heldout.seed) for key in keys) == 1
