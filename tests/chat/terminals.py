@@ -62,6 +62,17 @@ class Session:
                 raise AssertionError(f"{text!r} did not come:\n{self.screen}")
         self._seen = at + len(text)
 
+    def press(self, key: str, text: str) -> None:
+        """Type a key at the prompt until the screen answers: readline may sleep through one that comes just before it does."""
+        for _ in range(8):
+            self.type(key)
+            try:
+                return self.until(text, timeout=3)
+            except AssertionError:
+                continue
+        self.type(key)
+        return self.until(text)
+
     def read(self, seconds: float) -> None:
         """Whatever the screen shows within this time."""
         end = time.monotonic() + seconds

@@ -40,8 +40,7 @@ def pictures(world: World, tmp_path: Path) -> Path:
 def test_ctrl_c_stops_the_answer_and_nothing_else(trained: Path, pictures: Path) -> None:
     with Session(["--model", str(trained), *LONG, "--stats"]) as talk:
         talk.until("you> ")
-        talk.type(CTRL_C)
-        talk.until("Ctrl-C again, Ctrl-D or /exit leaves")
+        talk.press(CTRL_C, "Ctrl-C again, Ctrl-D or /exit leaves")
         talk.until("you> ")
         talk.type(f"/image '{pictures}/a b.png'\nWhat is this?\n")
         talk.until("looking at")
@@ -57,9 +56,8 @@ def test_ctrl_c_stops_the_answer_and_nothing_else(trained: Path, pictures: Path)
         talk.type(CTRL_C)
         talk.until("stopped")
         talk.until("you> ")
-        talk.type(CTRL_C)
-        talk.until("Ctrl-C again")
-        talk.type(CTRL_C)
+        talk.press(CTRL_C, "Ctrl-C again")
+        talk.type(CTRL_D)
         clean(talk, 0)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHATML, train_tokenizer
-from families import FAMILIES, IMAGE, KINDS, make_tokenizer
+from template_examples import FAMILIES, IMAGE, KINDS, make_tokenizer
 
 from pipeline.core.errors import ARTEFACT, BAD_ROWS, PipelineError
 from pipeline.params import LanguageModel

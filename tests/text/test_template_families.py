@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from families import FAMILIES, IMAGE, KINDS, make_tokenizer
+from template_examples import FAMILIES, IMAGE, KINDS, make_tokenizer
 from transformers.utils import chat_template_utils
 
 from pipeline.core.errors import BAD_ROWS, PipelineError
