@@ -10,8 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from made_results import Results, results  # noqa: F401
 from PIL import Image
-from results import Results, results  # noqa: F401
 
 from pipeline.report.page import write_report
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dvc.repo import Repo
-from results import Results, results  # noqa: F401
+from made_results import Results, results  # noqa: F401
 from test_page import page_of
 
 from pipeline.core import PipelineError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from results import Results, results  # noqa: F401
+from made_results import Results, results  # noqa: F401
 from typer.testing import CliRunner
 
 from pipeline.core import PipelineError
