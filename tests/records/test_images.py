@@ -204,11 +204,11 @@ def test_forked_workers_that_read_a_zip_at_once_do_not_disturb_each_other(tmp_pa
     def read_all_of_them() -> None:
         assert all(root.read(name) == data for name, data in list(members.items()) * 50)
 
-    workers = [multiprocessing.get_context("fork").Process(target=read_all_of_them) for _ in range(3)]
+    workers = [multiprocessing.get_context("fork").Process(target=read_all_of_them, daemon=True) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join()
+        worker.join(120)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
 
 
