@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "new": ("pipeline.project.new", "Set up", "Your own pictures: finds what they are and writes params.yaml."),
     "use": ("pipeline.project.use", "Set up", "Other models: a ready pair, a hub id or a folder."),
     "check": ("pipeline.check", "Set up", "Every row and picture before any GPU second, and what stands in the way of a run."),
+    "advise": ("pipeline.advise", "Set up", "Does caching features pay? Timed here on your data, encoder and language model."),
     "params": ("pipeline.params", "Set up", "Is params.yaml right, also with some keys changed?"),
     "report": (
         "pipeline.report",

@@ -14,11 +14,12 @@ from transformers import AutoConfig
 from pipeline.core import PipelineError, brief, merged_tokens
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_fast_float32
 from pipeline.core.loading import read_pretrained
-from pipeline.features import ANY_SIZE, Float16Format, Int8Format, Preprocessor, RowFormat, load_encoder, row_bytes
+from pipeline.features import ANY_SIZE, Encoder, Float16Format, Int8Format, Preprocessor, RowFormat, load_encoder, row_bytes
 from pipeline.params import LanguageModel, Params
 
 CHEAP = 500_000_000  # bytes of weights up to which the encoder is loaded to be timed
 WARM, BATCHES = 2, 5  # batches before the clock runs, and those of which the middle one counts
+LONG = 10.0  # seconds after which one batch that was timed is enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ def extraction_rate(params: Params, samples: list[bytes], metrics: Path = Path("
     weights = sum(file.stat().st_size for file in Path(params.vision.model).glob("*.safetensors"))
     if samples and 0 < weights <= CHEAP:
         try:
-            return _measure(params, samples)
+            images = 1 / max(_measure(params, samples).extraction, 1e-9)
+            return Rate(images, f"measured on {len(samples)} of these pictures")
         except PipelineError:  # the figures stand without it; extract will say what is wrong with the encoder
             pass
     try:
@@ -87,12 +89,36 @@ def extraction_rate(params: Params, samples: list[bytes], metrics: Path = Path("
     return Rate(found, f"as in the last extract, {metrics}") if found > 0 else None
 
 
-def _measure(params: Params, samples: list[bytes]) -> Rate:
-    """Decoding and encoding timed apart, both warm: on a GPU one hides behind the other, on a CPU they share its cores."""
-    vision, runtime = params.vision, params.runtime
+@dataclass(frozen=True, slots=True)
+class PictureTime:
+    """Seconds of a picture: `decoding` by all the cores that decode together, `encoding` in full batches.
+
+    `beside`: whether both go on at the same time, as with a card; on a CPU they share its cores.
+    """
+
+    decoding: float
+    encoding: float
+    beside: bool
+
+    @property
+    def extraction(self) -> float:
+        """Of a picture's way from its file to a row."""
+        return self.together(self.decoding, self.encoding)
+
+    def together(self, on_host: float, on_device: float) -> float:
+        """Of work for the host's cores and work for the device that computes."""
+        return max(on_host, on_device) if self.beside else on_host + on_device
+
+
+def _measure(params: Params, samples: list[bytes]) -> PictureTime:
+    device = pick_device(params.runtime.device)
     use_fast_float32()
-    device, workers = pick_device(runtime.device), pick_workers(runtime.workers)
-    encoder = load_encoder(vision, device=device, batch=pick_batch(runtime.extract_batch, device))
+    encoder = load_encoder(params.vision, device=device, batch=pick_batch(params.runtime.extract_batch, device))
+    return time_pictures(encoder, samples, workers=pick_workers(params.runtime.workers))
+
+
+def time_pictures(encoder: Encoder, samples: list[bytes], *, workers: int) -> PictureTime:
+    """Decoding and encoding timed apart, both warm; on a slow encoder with fewer batches."""
     pixels = [encoder.preprocess(data, where="sample") for data in samples]
     began = time.perf_counter()
     for data in samples:
@@ -100,14 +126,10 @@ def _measure(params: Params, samples: list[bytes]) -> Rate:
     hands = min(max(1, workers), os.cpu_count() or 1)
     decoding = (time.perf_counter() - began) / len(samples) / hands
     batch = torch.from_numpy(np.stack([pixels[i % len(pixels)] for i in range(encoder.batch)]))
-    names = ["sample"] * encoder.batch
-    for _ in range(WARM):
-        encoder.encode_rows(batch, names)
-    taken = []
-    for _ in range(BATCHES):
+    names, taken, begins = ["sample"] * encoder.batch, list[float](), time.perf_counter()
+    while len(taken) < WARM + BATCHES and (len(taken) < 2 or time.perf_counter() - begins < LONG):
         began = time.perf_counter()
         encoder.encode_rows(batch, names)
         taken.append(time.perf_counter() - began)
-    encoding = sorted(taken)[BATCHES // 2] / encoder.batch
-    seconds = max(decoding, encoding) if workers and device.type != "cpu" else decoding + encoding
-    return Rate(1 / max(seconds, 1e-9), f"measured on {len(samples)} of these pictures")
+    timed = sorted(taken[min(WARM, len(taken) - 1) :])
+    return PictureTime(decoding, timed[len(timed) // 2] / encoder.batch, workers > 0 and encoder.device.type != "cpu")

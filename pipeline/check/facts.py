@@ -124,10 +124,10 @@ def cost(pictures: int, shape: Shape | None, rate: Rate | None) -> str:
     """What extracting so many distinct pictures takes."""
     if shape is None:
         return f"{pictures:,} distinct pictures; the encoder cannot be loaded, so their features' size is unknown"
-    size = f"{pictures:,} × [{shape.tokens}, {shape.width}] {shape.storage} = {_bytes(pictures * shape.row)}"
+    size = f"{pictures:,} × [{shape.tokens}, {shape.width}] {shape.storage} = {size_text(pictures * shape.row)}"
     if rate is None:
         return f"{size}; time unknown before the first extract"
-    return f"{size}; about {_seconds(pictures / rate.images)} at {rate.images:,.0f} pictures/s ({rate.source})"
+    return f"{size}; about {seconds_text(pictures / rate.images)} at {rate.images:,.0f} pictures/s ({rate.source})"
 
 
 def _spread(spread: Spread, unit: str = "") -> str:
@@ -147,14 +147,16 @@ def _percent(part: int, whole: int) -> str:
     return f"{share:.3g} %"
 
 
-def _bytes(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes in words."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
         if count >= size:
             return f"{count / size:,.3g} {unit}"
     return f"{count / 1000:,.3g} kB"
 
 
-def _seconds(count: float) -> str:
+def seconds_text(count: float) -> str:
+    """Seconds in words."""
     if count < 100:
         return f"{max(1, round(count))} s"
     if count < 6000:

@@ -14,8 +14,8 @@ from pipeline.features.encoder.tower import ANY_SIZE, TOWERS, side_of, tower_cla
 from pipeline.features.extraction import Extraction, Processes, extract
 from pipeline.features.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
 from pipeline.features.store.row_format import Float16Format, Int8Format, RowFormat
-from pipeline.features.store.shards import row_bytes
-from pipeline.features.store.store import FeatureStore
+from pipeline.features.store.shards import row_bytes, write_shard
+from pipeline.features.store.store import FeatureStore, write_index
 
 __all__ = [
     "ANY_SIZE",
@@ -38,4 +38,6 @@ __all__ = [
     "row_bytes",
     "side_of",
     "tower_class",
+    "write_index",
+    "write_shard",
 ]

@@ -26,15 +26,13 @@ from pipeline.core import (
     link_or_copy,
     make_folder,
     remove_leftovers,
-    seal,
-    write_json,
 )
 from pipeline.features.claims import POLL, ClaimedShards, Claims, remove_old_claims
 from pipeline.features.decoding import DecodedImages, ImageFile
 from pipeline.features.encoder.encoder import Encoder
 from pipeline.features.shard_plan import NewShard, ShardPlan, holds, plan_shards
 from pipeline.features.store.shards import row_bytes, write_shard
-from pipeline.features.store.store import INDEX, ShardSet
+from pipeline.features.store.store import ShardSet, write_index
 from pipeline.features.stream import FeatureStream
 from pipeline.records import ImageError
 
@@ -200,8 +198,7 @@ def _make_output(out: Path, shards: list[Path], spec: dict[str, Any], counts: li
     linked = [link_or_copy(path, out / path.name) for path, _ in kept]
     if not all(linked):
         print(f"extract: {shards[0].parent} and {out} cannot share files, so features take their space twice")
-    listed = [{"file": path.name, "rows": count} for path, count in kept]
-    write_json(out / INDEX, seal({"shards": listed, "spec": spec}))
+    write_index(out, [(path.name, count) for path, count in kept], spec)
 
 
 def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Path, workers: int) -> None:

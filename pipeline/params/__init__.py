@@ -4,7 +4,7 @@ schema       what the file may hold          reading      the file, its faults n
 stage_view   one stage's part of it          `python -m pipeline.params [key=value ...]` checks the file
 """
 
-from pipeline.params.reading import check, load, read_yaml
+from pipeline.params.reading import check, load, override, read_yaml
 from pipeline.params.schema import Data, Dataset, HeldOut, LanguageModel, Params, Part, Tokenize, Training, Vision
 from pipeline.params.stage_view import StageParams, load_for_stage
 
@@ -22,5 +22,6 @@ __all__ = [
     "check",
     "load",
     "load_for_stage",
+    "override",
     "read_yaml",
 ]

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline.core import ARTEFACT, PipelineError, brief, unseal
+from pipeline.core import ARTEFACT, PipelineError, brief, seal, unseal, write_json
 from pipeline.features.store.mapping import open_rows
 from pipeline.features.store.row_format import Float16Format, RowFormat
 from pipeline.features.store.shards import Shard
@@ -155,6 +155,12 @@ class FeatureStore(ShardSet):
                     remedy="dvc repro extract",
                     code=ARTEFACT,
                 )
+
+
+def write_index(folder: Path, shards: Sequence[tuple[str, int]], spec: dict[str, Any]) -> None:
+    """Make a folder's shards (file name, rows) a store, which `FeatureStore` opens."""
+    listed = [{"file": name, "rows": rows} for name, rows in shards]
+    write_json(folder / INDEX, seal({"shards": listed, "spec": spec}))
 
 
 def _short(value: object) -> str:

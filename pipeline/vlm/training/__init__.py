@@ -7,6 +7,9 @@ callbacks       what is called after a step                       progress      
 alike           that all processes have the same inputs
 """
 
+from pipeline.vlm.training.assembly import TrainingRun, assemble
+from pipeline.vlm.training.callbacks import Callbacks
+from pipeline.vlm.training.loop import train
 from pipeline.vlm.training.stage import train_stage
 
-__all__ = ["train_stage"]
+__all__ = ["Callbacks", "TrainingRun", "assemble", "train", "train_stage"]

@@ -7,13 +7,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from pipeline.core.devices import numbered, pick_batch, pick_device, pick_precision, use_device, use_fast_float32
+from pipeline.core.devices import numbered, pick_batch, pick_device, pick_precision, pick_workers, use_device, use_fast_float32
+from pipeline.core.trees import processes_here
 from pipeline.features import Encoder, load_encoder
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.records import no_pictures
 from pipeline.text import PromptBuilder, TokenTable
-from pipeline.vlm.batches import LONGEST, Examples, Schedule, Sharing
+from pipeline.vlm.batches import LONGEST, Examples, Execution, Schedule, Sharing
 from pipeline.vlm.model import (
+    PACKED,
     VisionLanguageModel,
     cast_frozen,
     checkpoint,
@@ -25,7 +27,7 @@ from pipeline.vlm.model import (
 from pipeline.vlm.training.loop import MIXED
 from pipeline.vlm.training.parts import check_start, choose_sharing, make_builder, make_model, open_feature_sources
 
-TOKENS = Path("data/tokens")
+DATA = Path("data")  # of which tokens/ and features/ are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +71,33 @@ class TrainingRun:
         """Whether several processes hold a part of every weight each."""
         return self.params.runtime.fsdp and self.accelerator.num_processes > 1
 
+    @property
+    def execution(self) -> Execution:
+        runtime = self.params.runtime
+        return Execution(
+            name=self.name,
+            threads=max(1, pick_workers(runtime.workers, processes=processes_here())),
+            sharded=self.sharded,
+            packed=self.attention == PACKED,
+            compiled=runtime.compile,
+        )
+
     def untrained(self) -> VisionLanguageModel:
         """The model as training began with it."""
         return make_model(self.params, self.training, self.encoder, self.precision, self.start)
 
 
-def assemble(params: StageParams, training: Training, *, dataset: Dataset, name: str, start: Path | None) -> TrainingRun:
-    """Everything that training on `dataset` needs; raises `PipelineError` for parts that do not fit each other."""
+def assemble(
+    params: StageParams, training: Training, *, dataset: Dataset, name: str, start: Path | None, data: Path = DATA
+) -> TrainingRun:
+    """Everything that training on `dataset` needs, its tokens and features below `data`.
+
+    Raises `PipelineError` for parts that do not fit each other.
+    """
     accelerator, precision = _accelerate(params, training)
     device = accelerator.device  # one a process
     encoder = load_encoder(params.vision, device=device, batch=pick_batch(params.runtime.extract_batch, device))
-    table, heldout = TokenTable(TOKENS / f"{name}.arrow"), TokenTable(TOKENS / "heldout.arrow", limit=params.evaluate.limit)
+    table, heldout = _tables(data / "tokens", name, params.evaluate.limit)
     if not table.slots and training.train == "projector":
         raise no_pictures(f"data.{name}: {dataset.records}")
     builder = make_builder(params, encoder, table, heldout)
@@ -103,7 +121,7 @@ def assemble(params: StageParams, training: Training, *, dataset: Dataset, name:
     )
     cache = params.runtime.live_cache_mb * 1_000_000
     source, heldout_source = open_feature_sources(
-        training.features, encoder, ((table, dataset), (heldout, params.data.heldout)), cache
+        training.features, encoder, ((table, dataset), (heldout, params.data.heldout)), cache, data / "features"
     )
     if training.features == "stored":
         encoder.drop_tower()
@@ -124,6 +142,11 @@ def assemble(params: StageParams, training: Training, *, dataset: Dataset, name:
         own_llm=own_llm,
         frozen_files=files,
     )
+
+
+def _tables(folder: Path, name: str, limit: int) -> tuple[TokenTable, TokenTable]:
+    """What is trained on, and what is measured on, of that the first `limit` rows."""
+    return TokenTable(folder / f"{name}.arrow"), TokenTable(folder / "heldout.arrow", limit=limit)
 
 
 def _accelerate(params: StageParams, training: Training) -> tuple[Accelerator, str]:

@@ -22,8 +22,6 @@ from pipeline.vlm.model import (
     mixes_conversations,
 )
 
-STORE = Path("data/features")
-
 
 def make_builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> PromptBuilder:
     """The builder of `llm`; raises `PipelineError` for a table that another one made."""
@@ -91,14 +89,17 @@ def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, s
 
 
 def open_feature_sources(
-    features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Dataset], ...], cache: int
+    features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Dataset], ...], cache: int, store: Path
 ) -> list[FeatureSource]:
-    """Where the pictures' features of each table come from: `features` is stored or live, `cache` bytes for live ones."""
+    """Where the pictures' features of each table come from: `features` is stored or live, `cache` bytes for live ones.
+
+    `store`: the folder of the stored ones.
+    """
     if features == "live":
         return [LiveFeatures(encoder, open_dataset(dataset).images, table, cache_bytes=cache) for table, dataset in tables]
-    store = FeatureStore(STORE)
-    store.check_encoder(encoder.spec())
-    return [StoredFeatures(store, table, encoder.device) for table, _ in tables]
+    opened = FeatureStore(store)
+    opened.check_encoder(encoder.spec())
+    return [StoredFeatures(opened, table, encoder.device) for table, _ in tables]
 
 
 def choose_sharing(

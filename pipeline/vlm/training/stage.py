@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import NUMERIC, PipelineError, hold, main_checkout, publish, writing
-from pipeline.core.devices import pick_workers
-from pipeline.core.trees import is_first_of_tree, processes_here
+from pipeline.core.trees import is_first_of_tree
 from pipeline.params import Dataset, StageParams, Training
-from pipeline.vlm.batches import Execution
 from pipeline.vlm.evaluation import Heldout, heldout_loss, log_likelihoods
-from pipeline.vlm.model import PACKED, Manifest, VisionLanguageModel, checkpoint, frozen_digest, gather_weights, weights_digest
+from pipeline.vlm.model import Manifest, VisionLanguageModel, checkpoint, frozen_digest, gather_weights, weights_digest
 from pipeline.vlm.training.alike import require_alike
 from pipeline.vlm.training.assembly import TrainingRun, assemble
 from pipeline.vlm.training.callbacks import Callbacks, step_callback
@@ -116,18 +114,11 @@ def _train(run: TrainingRun, state: TrainingState, measured: Heldout | None) -> 
     """
     model, runtime, first = run.model, run.params.runtime, run.accelerator.is_main_process
     before = frozen_digest(model)
-    execution = Execution(
-        name=run.name,
-        threads=max(1, pick_workers(runtime.workers, processes=processes_here())),
-        sharded=run.sharded,
-        packed=run.attention == PACKED,
-        compiled=runtime.compile,
-    )
     checkpointer = Checkpointer(state, minutes=runtime.save_minutes, heldout=measured, write=is_first_of_tree())
     folder = main_checkout() / ".dvc" / "tmp" / "watch" / run.name
     with step_callback(folder, profile=runtime.profile if first else 0, live=runtime.live and first) as on_step:
         callbacks = Callbacks(checkpointer, measured, on_step)
-        history = train(model, run.examples, run.schedule, run.accelerator, execution=execution, callbacks=callbacks)
+        history = train(model, run.examples, run.schedule, run.accelerator, execution=run.execution, callbacks=callbacks)
     checkpointer.take_best(model, run.accelerator)
     if frozen_digest(model) != before or any(p.grad is not None for p in model.parameters() if not p.requires_grad):
         raise AssertionError("a frozen parameter has changed or has a gradient")
