@@ -9,8 +9,10 @@ import errno
 import faulthandler
 import gc
 import json
+import math
 import os
 import resource
+import select
 import shutil
 import signal
 import stat
@@ -134,30 +136,55 @@ def fail_once(at: int, number: int) -> Strike:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a process ended: exit code (a signal is negative), what it printed, seconds it ran."""
+    """How a process ended: exit code (a signal is negative), what it printed, processor seconds and most bytes it took."""
 
     code: int
     text: str
     seconds: float
+    memory: int = 0
 
 
-def run(job: Callable[[], None], *, strike: Strike | None = None, kill_after: float | None = None) -> Ended:
-    """Run `job` in a forked process as a stage runs, its calls struck; SIGKILL it after so many seconds if it still runs."""
+LIMIT = 600.0  # seconds after which a process that does not end is ended, which no trial takes for right
+TO_FOLLOW = 30.0  # seconds that helpers of a killed process have to end, too
+
+
+def run(job: Callable[[], None], *, strike: Strike | None = None, kill_after: float | None = None, limit: float = LIMIT) -> Ended:
+    """Run `job` in a forked process as a stage runs, its calls struck.
+
+    It is killed with -9 when it has had `kill_after` seconds of processor time, which falls at the same place of its work on a
+    busy machine as on a quiet one, and after `limit` seconds of a clock.
+    """
     output, theirs = os.pipe()
     process = os.fork()
     if process == 0:
         _be_child(job, strike, theirs)
     os.close(theirs)
-    with os.fdopen(output, "rb") as text:
-        text.read(1)  # it has begun
-        began = time.perf_counter()
-        if kill_after is not None:
-            time.sleep(kill_after)
-            os.kill(process, signal.SIGKILL)
-        printed = text.read().decode(errors="replace")
-        seconds = time.perf_counter() - began
-    _, status = os.waitpid(process, 0)
-    return Ended(os.waitstatus_to_exitcode(status), printed, seconds)
+    with os.fdopen(output, "rb", buffering=0) as text:
+        printed, ends, killed = text.read(1), time.monotonic() + limit, False  # it has begun
+        while not killed or time.monotonic() < ends:
+            if select.select([text], [], [], 1.0 if killed or kill_after is None else 0.002)[0]:
+                if not (data := text.read(1 << 16)):
+                    break
+                printed += data
+            late = time.monotonic() > ends
+            if not killed and (late or (kill_after is not None and _processor_seconds(process) >= kill_after)):
+                os.kill(process, signal.SIGKILL)
+                killed, ends = True, time.monotonic() + TO_FOLLOW
+                printed += b"\nno end in time" if late else b""
+        else:
+            printed += b"\na helper goes on without it"
+    _, status, used = os.wait4(process, 0)
+    outlived = printed.endswith(b"without it")
+    code, seconds = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
+    return Ended(1 if outlived else code, printed[1:].decode(errors="replace"), seconds, used.ru_maxrss << 10)
+
+
+def _processor_seconds(process: int) -> float:
+    """What a process has had of all processors; its clock's number is made as clock_getcpuclockid(3) makes it."""
+    try:
+        return time.clock_gettime(~process << 3 | 2)
+    except OSError:  # it has ended
+        return math.inf
 
 
 def _be_child(job: Callable[[], None], strike: Strike | None, output: int) -> NoReturn:
@@ -193,7 +220,7 @@ class Trials:
         self._steps, self._scratch, self._strict = steps, scratch, strict
         self._whole: set[tuple[str, int, bytes]] = set()
         self.expected: set[tuple[str, int, bytes]] = set()
-        with self._folder() as folder:
+        with self.folder() as folder:
             lengths = []
             for step in steps:
                 ended = run(partial(step, folder))
@@ -212,21 +239,23 @@ class Trials:
             is_watched = watch(lambda _, name, *__: names.append(name))
             if self._strict:
                 sys.addaudithook(partial(_refuse_unwatched, folder, is_watched))
-            self._work(folder)
+            self.work(folder)
             print("\n" + json.dumps(names))
 
-        with self._folder() as folder:
+        with self.folder() as folder:
             ended = run(partial(job, folder))
         if ended.code:
             raise RuntimeError(f"counting its calls ends with {ended.code}: {ended.text}")
         return json.loads(ended.text.splitlines()[-1])
 
-    def _work(self, folder: Path) -> None:
+    def work(self, folder: Path) -> None:
+        """All steps, in this process."""
         for step in self._steps:
             step(folder)
 
     @contextmanager
-    def _folder(self) -> Iterator[Path]:
+    def folder(self) -> Iterator[Path]:
+        """A new folder for one trial."""
         with tempfile.TemporaryDirectory(dir=self._scratch) as name:
             yield Path(name)
 
@@ -238,9 +267,9 @@ class Trials:
     def kill_at(self, call: int, half: bool) -> str:
         """Die at one of `points`, then resume."""
         what = f"killed {'within' if half else 'before'} call {call}, {self.calls[call]}"
-        with self._folder() as folder:
-            ended = run(lambda: self._work(folder), strike=die(call, half=half))
-            return self._judge(folder, what, ended, ended.code == -signal.SIGKILL)
+        with self.folder() as folder:
+            ended = run(lambda: self.work(folder), strike=die(call, half=half))
+            return self.judge(folder, what, ended, ended.code == -signal.SIGKILL)
 
     def kill_after(self, *shares: float) -> str:
         """Die after these shares of an undisturbed run's length, one run after the other, then resume.
@@ -248,46 +277,47 @@ class Trials:
         A run that was quicker than its kill is no trial: another one dies earlier.
         """
         what = f"killed after {', '.join(f'{share:.0%}' for share in shares)} of its time"
-        with self._folder() as folder:
-            ends = [run(lambda: self._work(folder), kill_after=share * self.seconds) for share in shares]
+        with self.folder() as folder:
+            ends = [run(lambda: self.work(folder), kill_after=share * self.seconds) for share in shares]
             if all(ended.code == -signal.SIGKILL for ended in ends):
-                return self._judge(folder, what, ends[-1], True)
+                return self.judge(folder, what, ends[-1], True)
             failed = [ended for ended in ends if ended.code not in (0, -signal.SIGKILL)]
             if failed:
-                return self._judge(folder, what, failed[0], False)
+                return self.judge(folder, what, failed[0], False)
         return self.kill_after(*(share * 0.7 for share in shares))
 
     def fill_disk(self, call: int) -> str:
         """The disk is full from this call on; the next run has room."""
-        with self._folder() as folder:
-            ended = run(lambda: self._work(folder), strike=full_disk(call))
-            return self._judge(folder, f"disk full from call {call}, {self.calls[call]}", ended, _is_one_line(ended))
+        with self.folder() as folder:
+            ended = run(lambda: self.work(folder), strike=full_disk(call))
+            return self.judge(folder, f"disk full from call {call}, {self.calls[call]}", ended, is_one_line(ended))
 
     def fail_at(self, call: int, number: int) -> str:
         """One call fails and those after it do not; what did not need it may go on."""
-        with self._folder() as folder:
-            ended = run(lambda: self._work(folder), strike=fail_once(call, number))
+        with self.folder() as folder:
+            ended = run(lambda: self.work(folder), strike=fail_once(call, number))
             what = f"{errno.errorcode[number]} at call {call}, {self.calls[call]}"
-            return self._judge(folder, what, ended, ended.code == 0 or _is_one_line(ended))
+            return self.judge(folder, what, ended, ended.code == 0 or is_one_line(ended))
 
     def limit_files(self, size: int) -> str:
         """No file grows beyond `size` bytes, which also strikes what HDF5 writes by itself; the next run has room."""
 
         def job() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-            self._work(folder)
+            self.work(folder)
 
-        with self._folder() as folder:
+        with self.folder() as folder:
             ended = run(job)
-            return self._judge(folder, f"files limited to {size} bytes", ended, _is_one_line(ended))
+            return self.judge(folder, f"files limited to {size} bytes", ended, is_one_line(ended))
 
-    def _judge(self, folder: Path, what: str, ended: Ended, as_it_should: bool) -> str:
+    def judge(self, folder: Path, what: str, ended: Ended, as_it_should: bool) -> str:
+        """What is wrong with how a disturbed run ended, with what it left, or with what a next one makes of that."""
         if not as_it_should:
             return f"{what}: ended with {ended.code} and {ended.text[-300:]!r}"
         torn = sorted(name for name, *rest in contents(folder) - self._whole if not _is_temporary(name))
         if torn:
             return f"{what}: not whole under a final name: {', '.join(torn)}"
-        resumed = run(lambda: self._work(folder))
+        resumed = run(lambda: self.work(folder))
         if resumed.code:
             return f"{what}: resuming ends with {resumed.code} and {resumed.text[-300:]!r}"
         other = sorted({name for name, *_ in contents(folder) ^ self.expected})
@@ -307,7 +337,7 @@ def _is_temporary(name: str) -> bool:
     return any(part.startswith(".") for part in Path(name).parts)
 
 
-def _is_one_line(ended: Ended) -> bool:
+def is_one_line(ended: Ended) -> bool:
     """A user's error: a line of its own at the end, whatever a progress bar drew, and the exit code of a lack of room."""
     lines = ended.text.replace("\r", "\n").splitlines()
     return ended.code == RESOURCE and sum("error: " in line for line in lines) == 1 and lines[-1].startswith("error: ")

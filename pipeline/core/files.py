@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pipeline.core.checksums import sign, to_json
-from pipeline.core.disk import replace, sync
+from pipeline.core.disk import replace, set_mode, sync
 from pipeline.core.errors import RESOURCE, PipelineError, brief
 from pipeline.core.locks import is_abandoned, machine, own, release
 
@@ -126,6 +127,7 @@ def link_or_copy(source: Path, target: Path) -> bool:
     except OSError:
         with publish(target) as temporary, writing(target):
             shutil.copyfile(source, temporary)
+            set_mode(temporary, stat.S_IMODE(source.stat().st_mode))  # a link would have the source's, too
         return False
 
 

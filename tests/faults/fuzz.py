@@ -1,21 +1,37 @@
-"""Inputs from outside with random damage: each is used or refused in one line, in time, and no row is lost."""
+"""Inputs from outside with random damage: each is used or refused in one line, in time and memory, and no row is lost.
+
+An input is what was damaged: a picture, a row, a file.
+"""
 
 import io
 import json
 import random
+import shutil
+import tarfile
+import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from faults import at_most, drain, total
+from gguf import GGUFWriter
 from PIL import Image
 
+from benchmarks.kills import run
 from pipeline.core import PipelineError
+from pipeline.export.from_gguf import convert
 from pipeline.params.reading import check, read_yaml
 from pipeline.records import decode
 from pipeline.records.formats import SourceSpec
+from pipeline.records.images import ImageError, ImageRoot
+from pipeline.text import PromptBuilder
+from pipeline.vlm.model.language_model import load_language_model
 
 LIMIT = 10  # seconds
+MEMORY = 2 << 30  # bytes
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
@@ -60,9 +76,9 @@ ROWS = [
 
 
 def rows(rng: random.Random, folder: Path) -> int:
-    """A file of twelve rows in lines; those that are read and those that are listed are all that it has."""
+    """A file of twelve rows in lines, half of them damaged; those that are read and those that are listed are all that it has."""
     lines = [json.dumps(rng.choice(ROWS)).encode() for _ in range(12)]
-    for number in rng.sample(range(12), 3):
+    for number in rng.sample(range(12), 6):
         lines[number] = mutated(lines[number], rng).replace(b"\n", b" ").replace(b"\r", b" ") or b"x"
     path = folder / "rows.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
@@ -70,14 +86,68 @@ def rows(rng: random.Random, folder: Path) -> int:
     blank = sum(not line.strip() for line in lines)
     if total(found) + blank != 12:
         raise AssertionError(f"{total(found)} of {12 - blank} rows")
-    return 12
+    return 6
 
 
-def table(rng: random.Random, folder: Path) -> int:
-    path = folder / "rows.csv"
-    path.write_bytes(mutated(b"image,caption\n" + b"a.png,A red square.\n" * 12, rng))
-    drain(SourceSpec(str(path), images=str(folder)))
-    return 12
+def _files() -> dict[str, bytes]:
+    """A small sound file of each kind that rows or pictures come in."""
+    pixels, captions = _pictures()[0], ["A red square."] * 6
+    table = pa.table({"image": [{"bytes": pixels, "path": "x"}] * 6, "caption": captions})
+    out = {"csv": b"image,caption\n" + b"a.png,A red square.\n" * 12, "json": json.dumps([*ROWS, *ROWS], indent=1).encode()}
+    for codec in ("snappy", "zstd"):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, row_group_size=4, compression=codec, use_dictionary=codec == "zstd", write_page_checksum=True)
+        out[f"{codec}.parquet"] = sink.getvalue().to_pybytes()
+    for codec in (None, "lz4", "zstd"):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as file:
+            file.write_table(table, max_chunksize=4)
+        out[f"{codec}.arrow"] = sink.getvalue().to_pybytes()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table, max_chunksize=4)
+    out["stream.arrow"] = sink.getvalue().to_pybytes()
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as members:
+        for number in range(4):
+            for name, data in ((f"{number}.png", pixels), (f"{number}.txt", b"A red square.")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                members.addfile(member, io.BytesIO(data))
+    return {**out, "tar": tar.getvalue()}
+
+
+def table(rng: random.Random, folder: Path, seeds: tuple[tuple[str, bytes], ...] = tuple(_files().items())) -> int:
+    """A whole file of rows, read with its pictures."""
+    kind, data = rng.choice(seeds)
+    path = folder / f"rows.{kind}"
+    path.write_bytes(mutated(data, rng))
+    drain(SourceSpec(str(path), images="" if "." in kind or kind == "tar" else str(folder)), read=True)
+    return 1
+
+
+def _zips() -> list[bytes]:
+    out = []
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", method) as archive:
+            for number, data in enumerate(_pictures()[:3]):
+                archive.writestr(f"{number}.png", data)
+        out.append(file.getvalue())
+    return out
+
+
+def archive(rng: random.Random, folder: Path, seeds: list[bytes] = _zips()) -> int:  # noqa: B008
+    path = folder / "images.zip"
+    path.write_bytes(mutated(rng.choice(seeds), rng))
+    images = ImageRoot(path)
+    for number in range(3):
+        try:
+            decode(images.read(f"{number}.png"), where="x.png")
+        except ImageError as error:
+            if len(error.line().splitlines()) != 1:
+                raise AssertionError(error.line()) from None
+    return 1
 
 
 def params(rng: random.Random, folder: Path, text: bytes = Path("params.yaml").read_bytes()) -> int:
@@ -87,7 +157,70 @@ def params(rng: random.Random, folder: Path, text: bytes = Path("params.yaml").r
     return 1
 
 
-BORDERS: dict[str, Callable[[random.Random, Path], int]] = {"pictures": picture, "rows": rows, "tables": table, "params": params}
+MODEL = Path("data/models/llm")
+PARTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+def model(rng: random.Random, folder: Path) -> int:
+    """A language model's folder from the internet, one of its files damaged: the tokenizer with its template, or the weights."""
+    name = rng.choice((*PARTS, "model.safetensors"))
+    place = folder / "model"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    for path in MODEL.iterdir():
+        (place / path.name).symlink_to(path.resolve())
+    data = (MODEL / name).read_bytes()
+    (place / name).unlink()
+    head = data[:4096] if name.endswith("safetensors") else data  # its header, which is what says where everything is
+    (place / name).write_bytes(mutated(head, rng) + data[len(head) :])
+    if name in ("config.json", "model.safetensors"):
+        load_language_model(str(place))
+    else:
+        PromptBuilder(str(place), image_token="<image>", tokens=4).check()
+    return 1
+
+
+def _gguf() -> bytes:
+    path = Path(tempfile.mkdtemp()) / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    for name, value in (("llama.block_count", 1), ("llama.context_length", 64), ("llama.embedding_length", 16)):
+        writer.add_uint32(name, value)
+    writer.add_array("tokenizer.ggml.tokens", [f"t{number}" for number in range(32)])
+    writer.add_chat_template(CHAT)
+    writer.add_tensor("token_embd.weight", np.zeros((32, 16), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    data = path.read_bytes()
+    shutil.rmtree(path.parent)
+    return data
+
+
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+def gguf(rng: random.Random, folder: Path, data: bytes = _gguf()) -> int:
+    path = folder / "model.gguf"
+    path.write_bytes(mutated(data[:1024], rng) + data[1024:])
+    convert(path, folder / "out")
+    return 1
+
+
+BORDERS: dict[str, Callable[[random.Random, Path], int]] = {
+    "pictures": picture, "rows": rows, "tables": table, "archives": archive, "params": params, "models": model, "gguf": gguf,
+}  # fmt: skip
+SHARES = {"pictures": 0.667, "rows": 0.253, "tables": 0.04, "archives": 0.02, "params": 0.007, "models": 0.003, "gguf": 0.01}
+
+
+def batches(count: int, size: int) -> list[tuple[str, int]]:
+    """Borders and numbers of inputs, `count` at least in all; a border's batch is smaller where an input takes longer."""
+    out: list[tuple[str, int]] = []
+    for border, share in SHARES.items():
+        each, wanted = max(1, size // 20) if border in ("params", "models") else size, max(1, round(share * count))
+        out += [(border, min(each, wanted - at)) for at in range(0, wanted, each)]
+    random.Random(0).shuffle(out)  # so that a portion of them is of every border
+    return out
 
 
 def fuzz(border: str, count: int, rng: random.Random, folder: Path) -> tuple[int, list[str]]:
@@ -99,7 +232,7 @@ def fuzz(border: str, count: int, rng: random.Random, folder: Path) -> tuple[int
             with at_most(LIMIT):
                 done += BORDERS[border](rng, folder)
         except PipelineError as error:
-            done += 12 if border in ("rows", "tables") else 1
+            done += 6 if border == "rows" else 1
             if len(error.line().splitlines()) != 1:
                 failures.append(f"{border}: several lines: {error.line()!r}")
         except BaseException as error:
@@ -108,3 +241,20 @@ def fuzz(border: str, count: int, rng: random.Random, folder: Path) -> tuple[int
             done += 1
             failures.append(f"{border}: {type(error).__name__}: {error} (state {hash(before)})")
     return done, failures
+
+
+def apart(border: str, count: int, seed: str, scratch: Path) -> tuple[int, list[str], int]:
+    """As `fuzz`, in a process of its own; also the most bytes of memory that it took."""
+    told = scratch / "told.json"
+    told.unlink(missing_ok=True)
+
+    def work() -> None:
+        told.write_text(json.dumps(fuzz(border, count, random.Random(seed), scratch)), encoding="utf-8")
+
+    ended = run(work, limit=LIMIT * count)
+    if ended.code or not told.exists():
+        return count, [f"{border} (seed {seed}): ended with {ended.code}: {ended.text[-300:]!r}"], ended.memory
+    done, failures = json.loads(told.read_text(encoding="utf-8"))
+    if ended.memory > MEMORY:
+        failures.append(f"{border} (seed {seed}): {ended.memory >> 20:,} MB of memory")
+    return done, [f"{failure} (seed {seed})" for failure in failures], ended.memory

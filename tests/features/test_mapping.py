@@ -31,6 +31,18 @@ def test_rows_of_files_are_one_array(tmp_path: Path, shape: tuple[int, ...]) -> 
     assert not found.rows.flags.writeable
 
 
+@pytest.mark.parametrize("offsets", [(8192, 8192, 6144), (6144, 8192), (6144, 2048, 100)])
+def test_rows_that_no_mapping_brings_together_are_read(tmp_path: Path, offsets: tuple[int, ...]) -> None:
+    parts, expected = [], np.arange(3 * len(offsets) * 8192, dtype=np.uint32).reshape(-1, 8192)
+    for number, offset in enumerate(offsets):
+        path = tmp_path / str(number)
+        path.write_bytes(b"\1" * offset + expected[3 * number : 3 * number + 3].tobytes() + b"behind")
+        parts.append((path, offset))
+    found, out = RowMap(parts, (8192,), np.dtype(np.uint32)), np.empty_like(expected)
+    found.take(np.concatenate([first + np.arange(3) for first in found.first]), out)
+    assert np.array_equal(out, expected)
+
+
 @pytest.mark.parametrize("size", [301_056, 150_920, 2**19, 12_345, 7])
 @pytest.mark.parametrize("step", [HUGE, PAGE])
 def test_files_lie_whole_rows_apart_and_do_not_overlap(size: int, step: int) -> None:

@@ -10,6 +10,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Sequence
+from io import FileIO
 from math import gcd
 from pathlib import Path
 
@@ -31,22 +32,35 @@ class RowMap:
     """
 
     def __init__(self, parts: Sequence[tuple[Path, int]], shape: tuple[int, ...], dtype: np.dtype) -> None:
-        """`parts`: each file and the offset of its first row, a multiple of the dtype's size. Raises `OSError`."""
+        """`parts`: each file and the offset of its first row, a multiple of the dtype's size. Raises `OSError`.
+
+        Rows of a file that no mapping brings a whole number of rows away from the others' are read into memory: HDF5 puts
+        fewer than 64 KiB of them anywhere.
+        """
         size = int(np.prod(shape)) * dtype.itemsize
         lengths = [path.stat().st_size for path, _ in parts]
-        places, total = _place([offset for _, offset in parts], lengths, size, HUGE)
+        offsets = [offset for _, offset in parts]
+        usual = offsets[int(np.argmax(lengths))]
+        loose = [(offset - usual) % gcd(mmap.ALLOCATIONGRANULARITY, size) != 0 for offset in offsets]
+        for number in np.flatnonzero(loose).tolist():
+            lengths[number] += usual - offsets[number]
+            offsets[number] = usual
+        places, total = _place(offsets, lengths, size, HUGE)
         if total > MOST:
-            places, total = _place([offset for _, offset in parts], lengths, size, mmap.ALLOCATIONGRANULARITY)
+            places, total = _place(offsets, lengths, size, mmap.ALLOCATIONGRANULARITY)
         start = _mmap(None, total + HUGE, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANON, -1)
         weakref.finalize(self, _libc().munmap, start, total + HUGE)
         base = -(-start // HUGE) * HUGE
-        for (path, _), place, length in zip(parts, places, lengths, strict=True):
-            with path.open("rb") as file:
+        for (path, offset), place, length, apart in zip(parts, places, lengths, loose, strict=True):
+            with path.open("rb", buffering=0) as file:
+                if apart:
+                    _read_into(file, offset, base + place, usual, length)
+                    continue
                 _mmap(base + place, length, mmap.PROT_READ, mmap.MAP_SHARED | MAP_FIXED, file.fileno())
             _libc().madvise(base + place, length, mmap.MADV_RANDOM)  # read-around would fetch eight times a row
-        zero = places[0] + parts[0][1]
+        zero = places[0] + offsets[0]
         count = (total - zero) // size
-        self.first = np.array([(place + offset - zero) // size for place, (_, offset) in zip(places, parts, strict=True)])
+        self.first = np.array([(place + offset - zero) // size for place, offset in zip(places, offsets, strict=True)])
         held = (ctypes.c_uint8 * (count * size)).from_address(base + zero)
         self.rows = np.ctypeslib.as_array(held).view(dtype).reshape(count, *shape)
         self.rows.flags.writeable = False
@@ -103,6 +117,14 @@ def _place(offsets: list[int], lengths: list[int], size: int, step: int) -> tupl
         places.append(place)
         end = place + length
     return places, end
+
+
+def _read_into(file: FileIO, offset: int, address: int, before: int, length: int) -> None:
+    """What a file holds from `offset` on, in memory at `address`, behind `before` bytes that mean nothing."""
+    held = _mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANON | MAP_FIXED, -1)
+    file.seek(offset)
+    if file.readinto((ctypes.c_uint8 * (length - before)).from_address(held + before)) != length - before:
+        raise OSError(errno.EIO, "shorter than its rows", file.name)
 
 
 def _mmap(address: int | None, length: int, protection: int, flags: int, handle: int) -> int:
