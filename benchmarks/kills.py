@@ -6,7 +6,6 @@ next one leaves, so these are all the states that a kill can leave between two c
 """
 
 import errno
-import faulthandler
 import gc
 import json
 import math
@@ -43,7 +42,6 @@ WATCHED: dict[Any, str] = {  # whatever changes a file or makes it last, by who 
     h5py.File: "close",
 }
 FREES = {"rmdir", "unlink", "remove", "chmod", "fchmod", "close"}  # what a full disk does not refuse; HDF5: see `limit_files`
-HANGS = 300  # seconds after which a forked job is ended with its stack: whoever forked it waits for its last word
 CHANGES = {"os.mkdir", "os.rmdir", "os.remove", "os.link", "os.symlink", "os.rename", "os.chmod", "os.truncate"}  # audit events
 
 
@@ -194,7 +192,6 @@ def _be_child(job: Callable[[], None], strike: Strike | None, output: int) -> No
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-        faulthandler.dump_traceback_later(HANGS, exit=True, file=2)  # a lock that another thread held at the fork stays locked
         tqdm.set_lock(threading.RLock())  # its own lock is shared with forked processes and stays locked when one dies in it
         os.write(2, b".")
         if strike:
