@@ -91,7 +91,7 @@ class Assistant:
         date = manifest.llm.get("date", DATE)
         self.builder = PromptBuilder(llm, revision=revision, image_token=image_token, tokens=tokens, date=date)
         self.context = getattr(self.model.language_model.config, "max_position_embeddings", None)
-        self._one_at_a_time = threading.Lock()
+        self.one_at_a_time = threading.Lock()
 
     def look(self, path: str | Path, *, name: str = "") -> torch.Tensor:
         """Patch features float16 [P, Dv] of a picture file; messages call it `name`, or its path."""
@@ -180,7 +180,7 @@ class Assistant:
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         nothing = torch.empty(0, self.encoder.tokens, self.encoder.width, dtype=torch.float16)
         shown = torch.stack(list(features)) if features else nothing
-        with self._one_at_a_time, autocast(self.precision, self.device):
+        with self.one_at_a_time, autocast(self.precision, self.device):
             torch.manual_seed(sampling.seed)
             return generate(
                 self.model,

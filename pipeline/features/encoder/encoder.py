@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         """
         if self._error is None:
             pictures = torch.from_numpy(calibration_pictures(self.side, count=4))
-            exact = self._unrounded() if self._rounded else self.tower
+            exact = self.exact_tower() if self._rounded else self.tower
             wanted = self._forward(exact, pictures, "float32").cpu()
             self._round_products()
             stored = [
@@ -125,8 +125,8 @@ class Encoder(nn.Module):
             self._error = float(f"{float((found - wanted).norm() / wanted.norm()):.2g}")
         return self._error
 
-    def _unrounded(self) -> PreTrainedModel:
-        """The tower as it was before `_round_products`, anew from its files."""
+    def exact_tower(self) -> PreTrainedModel:
+        """The tower anew from its files, with none of the rounding of the one that encodes, and open to gradients."""
         tower = load_tower(self.name, self.revision, self._attention).requires_grad_(False).eval().to(self.device)
         if self.layer != -1:
             keep_layers(tower, self._state)
@@ -177,13 +177,20 @@ class Encoder(nn.Module):
     @torch.inference_mode()
     def _forward(self, tower: PreTrainedModel, pixels: torch.Tensor, precision: str) -> torch.Tensor:
         """[I, P, Dv] in the precision of the computation, patch tokens only."""
+        return self.trace(tower, pixels, precision)[0]
+
+    def trace(self, tower: PreTrainedModel, pixels: torch.Tensor, precision: str, **options: Any) -> tuple[torch.Tensor, Any]:
+        """Pixels [I, 3, side, side] -> patch features [I, P, Dv], not yet rounded as the store does, and the tower's whole output.
+
+        `options` are the tower's own, such as `output_attentions`.
+        """
         device = tower.device
         values = (pixels.to(device).float() * self.preprocess.rescale - self._mean.to(device)) / self._std.to(device)
         with autocast(precision, device):
-            output = tower(values, output_hidden_states=self.layer != -1)
+            output = tower(values, output_hidden_states=self.layer != -1, **options)
         hidden = output.last_hidden_state if self.layer == -1 else output.hidden_states[self._state]
         patches = hidden[:, hidden.shape[1] - self._patches :]
-        return patches if self.pool == 1 else mean_of_blocks(patches.float(), self.pool)
+        return (patches if self.pool == 1 else mean_of_blocks(patches.float(), self.pool)), output
 
     def encode_files(self, files: Sequence[bytes], names: Sequence[str]) -> torch.Tensor:
         """Image files -> patch features float16 [I, P, Dv]: decode, resize, encode."""

@@ -66,6 +66,8 @@ class InPlaceQuickGelu(QuickGELUActivation):
     """As Transformers computes it, bit for bit, in one piece of fresh memory instead of three."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:  # gradients need what would be written over
+            return super().forward(x)
         return (1.702 * x).sigmoid_().mul_(x)
 
 
