@@ -161,7 +161,8 @@ def _shard(claim: Path) -> Path:
 
 
 def _aside(claim: Path) -> Path:
-    return claim.with_name(f"{claim.name}.{os.getpid()}@{machine()}.tmp")
+    """A name that no other claimant has: containers may agree in host name and process number, threads in both."""
+    return claim.with_name(f"{claim.name}.{uuid.uuid4().hex[:8]}.{os.getpid()}@{machine()}.tmp")
 
 
 def _myself() -> dict[str, Any]:

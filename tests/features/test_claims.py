@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -228,6 +230,31 @@ def test_of_many_that_find_a_lost_claim_one_takes_it(shard: NewShard, tmp_path: 
     (claim,) = tmp_path.glob(".*.claim")
     claim.write_text(claim.read_text().replace(f'"process": {os.getpid()}', f'"process": {gone.pid}'))
     assert sum(Claims().take(shard) for _ in range(5)) == 1
+
+
+def test_of_two_that_share_machine_and_process_number_one_alone_has_each_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in two containers of one name: threads of this process stand for them."""
+    rows = np.zeros((1, 32), np.uint8)
+    shards = [NewShard(tmp_path / f"{number}.h5", rows, np.array([-1]), np.array([0])) for number in range(5)]
+    both, link = Barrier(2, timeout=60), os.link
+
+    def link_in_turn(source: Path, target: Path) -> None:
+        second = both.wait()  # both have written who they are
+        if second:
+            both.wait()
+        try:
+            link(source, target)
+        finally:
+            if not second:
+                both.wait()
+            both.wait()
+
+    monkeypatch.setattr(os, "link", link_in_turn)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda mine: [mine.take(shard) for shard in shards], (Claims(), Claims()))
+    assert [sum(pair) for pair in zip(first, second, strict=True)] == [1] * len(shards)
 
 
 def test_a_folder_without_links_will_do(shard: NewShard, monkeypatch: pytest.MonkeyPatch) -> None:

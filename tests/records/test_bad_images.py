@@ -181,7 +181,7 @@ def test_two_processes_leave_out_the_same_pictures_and_no_row_is_without_one(
     broken: ImageRoot, encoders: dict[str, Encoder], tmp_path: Path
 ) -> None:
     files, hashes = distinct_images([(broken, NAMES)])
-    barrier = Barrier(2)
+    barrier = Barrier(2, timeout=60)
 
     def part(rank: int, ranks: int, name: str) -> tuple[list[bool], list[str]]:
         done = extract(
