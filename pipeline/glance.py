@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "Look",
         "What the last run gave; --html: one page of curves, answers and pictures, also of several experiments.",
     ),
+    "score": ("pipeline.score", "Look", "A model on public benchmarks (POPE, GQA, MMBench and others), blind beside every score."),
     "doctor": ("pipeline.doctor", "Look", "What killed runs and careless hands have left behind, and what mends it."),
     "features": ("pipeline.features", "Look", "The feature store: verify, info, show."),
     "chat": ("pipeline.chat", "Use a model", "Talk about a picture in the terminal."),

@@ -87,7 +87,8 @@ class Assistant:
         llm = str(folder) if manifest.own_llm else named_by(folder, manifest.llm["model"])
         revision = "" if manifest.own_llm else manifest.llm["revision"]
         image_token = manifest.llm["image_token"]
-        tokens = merged_tokens(self.encoder.tokens, manifest.merging[1])
+        self.factor = manifest.merging[1]
+        tokens = merged_tokens(self.encoder.tokens, self.factor)
         date = manifest.llm.get("date", DATE)
         self.builder = PromptBuilder(llm, revision=revision, image_token=image_token, tokens=tokens, date=date)
         self.context = getattr(self.model.language_model.config, "max_position_embeddings", None)

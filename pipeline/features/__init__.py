@@ -7,6 +7,7 @@ sources      what training asks for features: the store or the live encoder
 `python -m pipeline.features verify|info|show` looks after a store.
 """
 
+from pipeline.features.decoding import ImageFile
 from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder, load_encoder
 from pipeline.features.encoder.preprocess import Preprocessor
@@ -25,6 +26,7 @@ __all__ = [
     "FeatureSource",
     "FeatureStore",
     "Float16Format",
+    "ImageFile",
     "Int8Format",
     "LiveFeatures",
     "NoFeatures",

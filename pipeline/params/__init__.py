@@ -4,8 +4,8 @@ schema       what the file may hold          reading      the file, its faults n
 stage_view   one stage's part of it          `python -m pipeline.params [key=value ...]` checks the file
 """
 
-from pipeline.params.reading import check, load, override, read_yaml
-from pipeline.params.schema import Data, Dataset, HeldOut, LanguageModel, Params, Part, Tokenize, Training, Vision
+from pipeline.params.reading import check, load, override, read_yaml, validated
+from pipeline.params.schema import Data, Dataset, HeldOut, LanguageModel, Params, Part, Section, Tokenize, Training, Vision
 from pipeline.params.stage_view import StageParams, load_for_stage
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "LanguageModel",
     "Params",
     "Part",
+    "Section",
     "StageParams",
     "Tokenize",
     "Training",
@@ -24,4 +25,5 @@ __all__ = [
     "load_for_stage",
     "override",
     "read_yaml",
+    "validated",
 ]

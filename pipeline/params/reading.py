@@ -2,17 +2,16 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.core import PipelineError, brief
-from pipeline.params.schema import (
-    Params,
-    keys_of,
-)
+from pipeline.params.schema import Params, Section, keys_of
+
+S = TypeVar("S", bound=Section)
 
 MAX_BYTES, MAX_NODES = 1 << 16, 20_000
 MAX_BRACKETS = 1000  # the parser takes time by the square of how deep they stand
@@ -81,10 +80,7 @@ def _require_text(content: Any, key: str) -> None:
 
 def check(content: dict[str, Any], *, where: str) -> Params:
     """Validate the content of a params file; raises `PipelineError` naming the first wrong key."""
-    try:
-        params = Params.model_validate(content)
-    except ValidationError as error:
-        raise _explain(error, where) from None
+    params = validated(Params, content, where=where)
     if params.vision.precision == "float16" and params.runtime.device == "cpu":
         raise PipelineError("vision.precision float16 needs a GPU", where=where, remedy="use auto")
     if params.projector.merge == "none" and params.projector.factor > 1:
@@ -95,6 +91,14 @@ def check(content: dict[str, Any], *, where: str) -> Params:
             remedy = "set evaluate.every: the steps between two held-out losses"
             raise PipelineError(f"{name}.keep is best, but held-out loss is measured at the end only", where=where, remedy=remedy)
     return params
+
+
+def validated(schema: type[S], content: dict[str, Any], *, where: str) -> S:
+    """The content as its schema has it; raises `PipelineError` naming the first wrong key."""
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        raise _explain(error, where) from None
 
 
 def _explain(error: ValidationError, where: str) -> PipelineError:

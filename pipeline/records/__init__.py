@@ -8,7 +8,7 @@ datasets   a data set as params.yaml names it, bad rows dealt with
 
 from pipeline.records.datasets import good_rows, measured_rows, no_pictures, open_dataset, picture_is_used, row_policy, side_of
 from pipeline.records.decoder import DECODER, FORMATS, check_size, decode, unknown_kind
-from pipeline.records.formats import BadRow, Digests, GoodImages, Mixture, Source, SourceSpec, Split, readable
+from pipeline.records.formats import BadRow, Digests, GoodImages, Mixture, Row, Rows, Source, SourceSpec, Split, draw, readable
 from pipeline.records.formats.lines import JsonLines
 from pipeline.records.formats.policy import SHOWN
 from pipeline.records.formats.row import bad_record
@@ -30,6 +30,8 @@ __all__ = [
     "JsonLines",
     "Mixture",
     "Record",
+    "Row",
+    "Rows",
     "Side",
     "Source",
     "SourceSpec",
@@ -40,6 +42,7 @@ __all__ = [
     "check_size",
     "decode",
     "digest",
+    "draw",
     "good_rows",
     "is_half_surrogate",
     "measured_rows",

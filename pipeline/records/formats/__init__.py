@@ -11,8 +11,9 @@
 from pipeline.records.formats.detect import FORMATS, detect
 from pipeline.records.formats.keys import Columns
 from pipeline.records.formats.policy import RowPolicy
-from pipeline.records.formats.row import BadRow
-from pipeline.records.formats.source import Mixture, Source, SourceSpec, open_source
+from pipeline.records.formats.row import BadRow, Row
+from pipeline.records.formats.rows import Rows
+from pipeline.records.formats.source import Mixture, Source, SourceSpec, draw, open_source
 from pipeline.records.formats.split import Digests, GoodImages, Split, readable
 
 __all__ = [
@@ -22,11 +23,14 @@ __all__ = [
     "Digests",
     "GoodImages",
     "Mixture",
+    "Row",
     "RowPolicy",
+    "Rows",
     "Source",
     "SourceSpec",
     "Split",
     "detect",
+    "draw",
     "open_source",
     "readable",
 ]

@@ -63,6 +63,7 @@ class Digests:
         self._images, self._good = images, good
         self._known = dict[str, bytes]()
         self._decoded = dict[str, bytes | tuple[str, str, str]]()  # or what is wrong: an error itself would hold the bytes
+        self._sound = dict[bytes, bool]()  # a picture that stands in many rows is decoded for the first of them
 
     def __call__(self, name: str) -> bytes:
         """The hash of one image; raises `ImageError` for one that cannot be read."""
@@ -92,12 +93,13 @@ class Digests:
             return known
         data = self._images.read(name)
         key = digest(data)
-        if self._good is None or key not in self._good:
+        if key not in self._sound and (self._good is None or key not in self._good):
             decode(data, where=self._images.place(name))
+            _keep(self._sound, key, True)
         return key
 
 
-def _keep(known: dict[str, Any], name: str, value: object) -> None:
+def _keep(known: dict[Any, Any], name: object, value: object) -> None:
     if len(known) >= KEPT:
         known.clear()
     known[name] = value
