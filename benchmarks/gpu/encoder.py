@@ -121,8 +121,8 @@ def _ours(setting: Setting, name: str, limit: float) -> Figures:
     encoder, config = Bench(setting).encoder(name), tower_config(name, tiny=setting.tiny)
     pixels = torch.from_numpy(np.zeros((encoder.batch, 3, config.image_size, config.image_size), np.uint8))  # type: ignore[attr-defined]
     names = ["picture"] * encoder.batch
-    first = first_call(lambda: encoder.encode_rows(pixels, names), setting.device)
-    spent = seconds_a_call(lambda: encoder.encode_rows(pixels, names), setting.device, seconds=0.05 if setting.tiny else 1.0)
+    first = first_call(lambda: encoder.encode_rows(pixels, names).cpu(), setting.device)
+    spent = seconds_a_call(lambda: encoder.encode_rows(pixels, names).cpu(), setting.device, seconds=0.05 if setting.tiny else 1.0)
     return _rates(spent, encoder.batch, config, limit) | {"batch": encoder.batch, "first_call_seconds": round(first, 1)}
 
 

@@ -101,7 +101,7 @@ class Assistant:
     def look_at(self, data: bytes, name: str) -> torch.Tensor:
         """Patch features float16 [P, Dv] of a picture file's bytes."""
         try:
-            return self.encoder.encode_files([data], [name])[0]
+            return self.encoder.encode_files([data], [name])[0].cpu()  # kept for the whole talk
         except ImageError as error:
             raise ImageError(error.what, where=error.where, remedy=OTHER) from None
 

@@ -107,7 +107,7 @@ class _Answering:
                 new[key] = value
         if new:
             features = self._assistant.encoder.encode(torch.from_numpy(np.stack(list(new.values()))), ["a picture"] * len(new))
-            here.update(zip(new, features, strict=True))
+            here.update(zip(new, features.cpu(), strict=True))
         self._features.update(here)
         questions = [(asked.text, [here[key] for key, _ in found]) for asked, found in good]
         for (asked, _), said in zip(good, self._assistant.answer_all(questions, self._sampling), strict=True):

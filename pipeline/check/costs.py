@@ -129,7 +129,7 @@ def time_pictures(encoder: Encoder, samples: list[bytes], *, workers: int) -> Pi
     names, taken, begins = ["sample"] * encoder.batch, list[float](), time.perf_counter()
     while len(taken) < WARM + BATCHES and (len(taken) < 2 or time.perf_counter() - begins < LONG):
         began = time.perf_counter()
-        encoder.encode_rows(batch, names)
+        encoder.encode_rows(batch, names).cpu()
         taken.append(time.perf_counter() - began)
     timed = sorted(taken[min(WARM, len(taken) - 1) :])
     return PictureTime(decoding, timed[len(timed) // 2] / encoder.batch, workers > 0 and encoder.device.type != "cpu")

@@ -60,7 +60,7 @@ class FeatureSource(Protocol):
         ...
 
     def features(self, loaded: Any) -> torch.Tensor:
-        """Patch features float16 [S, P, Dv] of the slots that were loaded, in their order."""
+        """Patch features float16 [S, P, Dv] of the slots that were loaded, in their order, on the device they are computed on."""
         ...
 
     def stream(self, items: Iterable[tuple[T, Any]]) -> Iterator[tuple[T, torch.Tensor]]:
@@ -108,8 +108,8 @@ class StoredFeatures:
 class LiveFeatures:
     """Features computed from the image files as they are needed.
 
-    A picture that stands twice in a batch is encoded once, and one that was seen lately is taken from `cache_bytes` of
-    memory: a row's bits do not depend on its batch, so this changes nothing but the time.
+    They stay on the encoder's device. A picture that stands twice in a batch is encoded once, and one that was seen lately is
+    taken from `cache_bytes` of its memory: a row's bits do not depend on its batch, so this changes nothing but the time.
     """
 
     def __init__(self, encoder: Encoder, root: Images, slots: ImageSlots, *, cache_bytes: int = 0) -> None:
@@ -117,6 +117,7 @@ class LiveFeatures:
         self.tokens, self.width = encoder.tokens, encoder.width
         self._names, self._hashes = slots.image_names(), slots.image_hashes()
         self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._pixels_pool = BufferPool((3, *encoder.preprocess.size()), np.dtype(np.uint8), pin=encoder.tower.device.type == "cuda")
         self._room = cache_bytes // (encoder.tokens * encoder.width * 2)
 
     def announce(self, slots: np.ndarray) -> None:
@@ -159,14 +160,15 @@ class LiveFeatures:
         """Move the encoder's batch of pictures from `todo` to `rows`."""
         keys = list(islice(todo, self._encoder.batch))
         pixels, names = zip(*(todo.pop(key) for key in keys), strict=True)
-        found = self._encoder.encode(torch.stack(pixels), names)
+        stacked = torch.stack(pixels, out=self._pixels_pool.take(len(pixels)))
+        found = self._encoder.encode(stacked, names)  # has read them when it returns
         rows |= zip(keys, (row.clone() for row in found), strict=True)  # a view would hold its whole batch
 
     def _finished(
         self, item: T, loaded: LoadedImages, rows: dict[bytes, torch.Tensor], wanted: Counter[bytes]
     ) -> tuple[T, torch.Tensor]:
         if not loaded.keys:
-            return item, torch.empty(0, self.tokens, self.width, dtype=torch.float16)
+            return item, torch.empty(0, self.tokens, self.width, dtype=torch.float16, device=self._encoder.device)
         features = torch.stack([rows[key] for key in loaded.keys])
         wanted.subtract(loaded.keys)
         for key in dict.fromkeys(loaded.keys):

@@ -4,21 +4,53 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline.core import PipelineError
+from pipeline.core import PipelineError, prefetch
 from pipeline.features.decoding import DecodedImages, decoded_batches
 from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.encoder.encoding import Clock, Moment, Transfers
 from pipeline.records import ImageError
+
+IN_FLIGHT = 2  # batches that are encoded or on their way to the host beside the one that is written
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A decoded batch: pixels of the good pictures, their names, each picture's error, seconds of decoding, when it came and
+    how long it was waited for."""
+
+    pixels: torch.Tensor | None
+    names: list[str]
+    errors: list[PipelineError | None]
+    decoding: float
+    came: float
+    waited: float
+
+    def where(self) -> str:
+        return self.names[0] if self.names else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """Gives the batch's rows; and when the device began and ended it."""
+
+    arrived: Callable[[], torch.Tensor] | None
+    start: Moment
+    end: Moment
 
 
 class FeatureStream:
     """Rows of the images that `begin` is given, in their order.
 
-    `seconds` is what encoding took in all, `waited` how much of it the encoder stood still for want of a decoded picture; the
+    A thread encodes one batch while the workers decode the next ones and the caller writes those before: at most `IN_FLIGHT` + 1
+    batches are between decoding and the caller, whichever of the three is slowest. On a GPU copies go on meanwhile.
+
+    `seconds` is what all this took, `waited` how much of it the encoder stood still for want of a decoded picture; the
     workers' start is in neither. `decoding` is what reading, decoding and resizing took the workers together.
     `encoded` is how many have been. A bad image raises its error, or with `skip` has None for a row.
 
@@ -44,7 +76,8 @@ class FeatureStream:
         self._done, self.seconds, self.waited, self.decoding, self.encoded = 0, 0.0, 0.0, 0.0, 0
         self._asked: deque[int] = deque()
         self._rows: Iterator[np.ndarray | None] = iter(())
-        self._on_batch, self._first = on_batch, 0.0
+        self._on_batch, self._first, device = on_batch, 0.0, encoder.tower.device
+        self._clock, self._transfers = Clock(device), Transfers(device, images.shape, encoder.row_format)
         self._bar = tqdm(total=total, unit="image", desc="extract", mininterval=0.5, disable=quiet or not total)
 
     def begin(self, order: Iterable[int]) -> None:
@@ -58,43 +91,57 @@ class FeatureStream:
     def __next__(self) -> np.ndarray | None:
         return next(self._rows)
 
-    def _rows_of(self, pixels: torch.Tensor | None, errors: list[PipelineError | None]) -> list[np.ndarray | None]:
-        """A batch's rows, None for a bad image."""
-        stop = next((error for error in errors if error and not (self._skip and isinstance(error, ImageError))), None)
-        if stop:
-            raise stop
-        files = [self._images.files[self._asked.popleft()] for _ in errors]
-        names = [file.where for file, error in zip(files, errors, strict=True) if error is None]
-        rows = iter([] if pixels is None else self._encoder.encode_rows(pixels, names).numpy())
-        self.encoded += len(names)
-        return [None if error else next(rows) for error in errors]
-
     def _noted(self, order: Iterable[int]) -> Iterator[int]:
         for number in order:
             self._asked.append(number)
             yield number
 
-    def _encode(self, order: Iterable[int]) -> Iterator[np.ndarray | None]:
+    def _jobs(self, order: Iterable[int]) -> Iterator[_Job]:
+        """Decoded batches in memory of their own: the workers' is used again for the next."""
         self._asked.clear()
-        started = False
         made = decoded_batches(self._images, batch=self._encoder.batch, workers=self._workers, order=self._noted(order))
         with closing(made) as loader:
             asked = time.perf_counter()
             for pixels, errors, decoding in loader:
-                began = time.perf_counter()
-                rows = self._rows_of(pixels, errors)
-                ended = time.perf_counter()
-                if started:  # starting the workers is no waiting for decoding, and no encoding either
-                    self.waited += began - asked
-                self.seconds += ended - (asked if started else began)
-                started = True
-                self.decoding += decoding
-                self._done += len(rows)
-                self._bar.update(len(rows))
+                came = time.perf_counter()
+                files = [self._images.files[self._asked.popleft()] for _ in errors]
+                names = [file.where for file, error in zip(files, errors, strict=True) if error is None]
+                held = None if pixels is None else self._transfers.held(pixels)
+                yield _Job(held, names, errors, decoding, came, came - asked)
+                asked = time.perf_counter()
+
+    def _begin(self, job: _Job) -> _Begun:
+        """In the encoder's thread: done when the device has been told what to do."""
+        start, arrived = self._clock.now(), None
+        if job.pixels is not None:
+            encoding = self._encoder.begin(self._transfers.to_device(job.pixels), job.names)
+            arrived = self._transfers.to_host(encoding)
+        return _Begun(arrived, start, self._clock.now())
+
+    def _encode(self, order: Iterable[int]) -> Iterator[np.ndarray | None]:
+        since, before = 0.0, None
+        with closing(prefetch(self._jobs(order), self._begin, depth=IN_FLIGHT, where=_Job.where)) as batches:
+            for job, begun in batches:
+                self._require_good(job.errors)
+                rows = iter([] if begun.arrived is None else begun.arrived().numpy())
+                now = time.perf_counter()
+                self.seconds += now - (since or job.came)  # starting the workers is no waiting for decoding, and no encoding either
+                if before is not None:
+                    self.waited += min(job.waited, max(0.0, self._clock.between(before.end, begun.start)))
+                since, before = now, begun
+                self.encoded += len(job.names)
+                self.decoding += job.decoding
+                self._done += len(job.errors)
+                self._bar.update(len(job.errors))
                 self._on_batch()
                 self._estimate()
-                yield from rows
-                asked = time.perf_counter()
+                yield from (None if error else next(rows) for error in job.errors)
+
+    def _require_good(self, errors: list[PipelineError | None]) -> None:
+        """Raises the first that stops the run."""
+        stop = next((error for error in errors if error and not (self._skip and isinstance(error, ImageError))), None)
+        if stop:
+            raise stop
 
     def _estimate(self) -> None:
         """Say once, early in a long run, how long it will take."""

@@ -23,6 +23,7 @@ from pipeline.features import claims
 from pipeline.features.claims import Claims
 from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.encoder.encoding import Encoding
 from pipeline.features.extraction import extract
 from pipeline.features.shard_plan import NewShard
 from pipeline.records.images import ImageRoot
@@ -33,11 +34,11 @@ PICTURES, SHARD = 12, 2
 class Slow(Encoder):
     """Takes its time, and notes whom it has encoded."""
 
-    def encode_rows(self, pixels: torch.Tensor, names: Any) -> torch.Tensor:
+    def begin(self, pixels: torch.Tensor, names: Any) -> Encoding:
         time.sleep(self.__dict__["pause"])
         with Path(self.__dict__["notes"]).open("a") as file:
             file.writelines(f"{name}\n" for name in names)
-        return super().encode_rows(pixels, names)
+        return super().begin(pixels, names)
 
 
 def main(folder: Path, clip: str, name: str, machine: str, pause: float, lease: float) -> None:

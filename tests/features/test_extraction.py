@@ -1,6 +1,6 @@
 """Extraction into a store: each picture once, the output follows from the data alone, whatever happened before."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from test_shards import overwrite
 from pipeline.core.errors import PipelineError
 from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.encoder.encoding import Encoding
 from pipeline.features.extraction import Extraction, extract
 from pipeline.features.store.store import INDEX, FeatureStore
 from pipeline.records.images import ImageError, ImageRoot, digest
@@ -130,11 +131,11 @@ class Crashing(Encoder):
 
     calls = 2
 
-    def encode_rows(self, pixels: torch.Tensor, names: list[str]) -> torch.Tensor:  # type: ignore[override]
+    def begin(self, pixels: torch.Tensor, names: Sequence[str]) -> Encoding:
         self.calls -= 1
         if self.calls < 0:
             raise KeyboardInterrupt
-        return super().encode_rows(pixels, names)
+        return super().begin(pixels, names)
 
 
 def test_a_run_after_a_crash_gives_the_bytes_of_an_undisturbed_one(

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from pipeline.core.errors import PipelineError
 from pipeline.core.fingerprint import fingerprint
 from pipeline.features.distinct import distinct_images
+from pipeline.features.encoder import encoder as encoder_module
+from pipeline.features.encoder import encoding
 from pipeline.features.encoder.encoder import Encoder
 from pipeline.features.encoder.tower import load_tower
 from pipeline.features.extraction import extract
@@ -141,6 +144,26 @@ def test_a_store_without_an_image_is_refused_before_training(world: World, tmp_p
     extract(files, hashes, world.clip, stores=[tmp_path / "store"], out=tmp_path / "out", shard_rows=4, workers=0)
     with pytest.raises(PipelineError, match=r"no features for \d of 12 images"):
         StoredFeatures(FeatureStore(tmp_path / "out"), world.table)
+
+
+def test_live_rows_stay_on_the_device_from_the_pixels_to_the_batch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, whose tensors can be computed with and hold nothing: whatever is copied back from it is an error."""
+    encoder, meta = Encoder(world.clip.name, precision="float32", device=CPU, batch=4), torch.device("meta")
+    encoder.to(meta)
+    encoder.device, encoder._mean, encoder._std = meta, encoder._mean.to(meta), encoder._std.to(meta)
+    monkeypatch.setattr(encoder_module, "autocast", lambda *_: nullcontext())
+    asked = []  # the one thing that is read: a flag a call, whether all is finite
+    monkeypatch.setattr(encoding, "require_finite", lambda finite, _: asked.append(finite.device))
+    live = LiveFeatures(encoder, world.images, world.table, cache_bytes=10**9)
+    loaded = [(number, live.load(np.array(part))) for number, part in enumerate(([0, 1], [2, 0], [3, 4, 1]))]
+    with pytest.raises(NotImplementedError, match="no data"):
+        torch.empty(1, device=meta).cpu()
+    for _ in range(2):  # the second time from the cache
+        found = list(live.stream(loaded))
+        assert [tuple(features.shape) for _, features in found] == [(n, PATCHES, WIDTH) for n in (2, 2, 3)]
+        assert {features.device for _, features in found} == {meta}
+    assert set(asked) == {meta}
+    assert live.features(live.load(np.empty(0, np.int64))).device == meta
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -10,11 +10,13 @@ from gpu_device import DEVICE, NEEDS_GPU, ON_GPU, needs_gpu
 from test_sources import BATCHES, loss_and_gradient
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+from pipeline.features.decoding import DecodedImages
 from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
 from pipeline.features.extraction import extract
 from pipeline.features.sources import LiveFeatures, StoredFeatures
 from pipeline.features.store.store import FeatureStore
+from pipeline.features.stream import FeatureStream
 
 FAMILIES = ["clip", "siglip", pytest.param("clip-b16", marks=NEEDS_GPU)]
 PRECISIONS = ["float32", "auto"]
@@ -143,3 +145,21 @@ def test_extraction_on_the_device_writes_the_same_bytes_twice(
         two_sources(world, tmp_path / name, vision_folders["clip"], "auto", "float16")
         found.append({path.name: path.read_bytes() for path in (tmp_path / name / "out").iterdir()})
     assert found[0] == found[1]
+
+
+def test_rows_of_many_batches_under_way_are_those_of_one_after_the_other(world: World, vision_folders: dict[str, Path]) -> None:
+    """Pictures go up and rows come down beside the computation, through pinned memory that is used again and again."""
+    encoder = Encoder(str(vision_folders["clip"]), precision="auto", device=DEVICE, batch=2)
+    files, hashes = distinct_images([(world.images, [f"{number}.png" for number in range(6)])])
+    expected = encoder.encode_rows(
+        torch.from_numpy(np.stack([encoder.preprocess(file.root.read(file.name), where=file.name) for file in files])),
+        list("012345"),
+    ).cpu()
+    stream = FeatureStream(DecodedImages(files, hashes, encoder.preprocess), encoder, 0, skip=False, total=240, quiet=True)
+    order = np.random.default_rng(0).integers(0, 6, 240).tolist()
+    stream.begin(order)
+    for number in order:
+        if ON_GPU:
+            torch.cuda._sleep(200_000)  # the card has other work in between
+        assert torch.equal(torch.from_numpy(next(stream)), expected[number])
+    stream.close()

@@ -111,7 +111,7 @@ def test_features_in_half_precision_are_no_further_from_float64_than_on_a_cpu(
         encoder = Encoder(str(towers[family]), precision=name, device=device, batch=4)
         pixels = pictures(encoder, 4)
         exact, _ = exact_states(encoder, towers[family], pixels)
-        found.append(distance(encoder.encode(pixels, list("0123")), exact))
+        found.append(distance(encoder.encode(pixels, list("0123")).cpu(), exact))
     assert found[1] < 1.5 * found[0]
 
 

@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
         encoder = Encoder(str(paths["clip"]), precision=precision, device=DEVICE, batch=4)
         files = [world.images.read(f"{number}.png") for number in range(6)]
         rows = encoder.encode_files(files, [str(number) for number in range(6)])
-        found[f"features {precision}"] = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+        found[f"features {precision}"] = hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()
     for name, (mode, what) in TOGETHER.items():
         if mode == "padded" or ON_GPU:
             forget_kernels()

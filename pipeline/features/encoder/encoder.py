@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.core import NUMERIC, PipelineError, merged_tokens
+from pipeline.core import PipelineError, merged_tokens
 from pipeline.core.attention import GROUPED
 from pipeline.core.devices import DTYPES, autocast, pick_precision
 from pipeline.core.grid import mean_of_blocks
+from pipeline.features.encoder.encoding import Encoding
 from pipeline.features.encoder.preprocess import Preprocessor
 from pipeline.features.encoder.tower import keep_layers, load_tower, side_of
 from pipeline.features.store.row_format import (
@@ -137,32 +138,26 @@ class Encoder(nn.Module):
         del self.tower
 
     def encode(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-        """uint8 [I, 3, side, side] -> float16 [I, P, Dv] on the CPU; `names` say whose row a non-finite value is in."""
+        """uint8 [I, 3, side, side] -> float16 [I, P, Dv] on the encoder's device; `names` say whose row is not finite."""
         return self.row_format.decode(self.encode_rows(pixels, names))
 
     @torch.inference_mode()
     def encode_rows(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-        """As `encode`, in the form that the store holds: [I, *row_format.shape] on the CPU."""
-        return torch.cat(
-            [
-                self._encode_batch(pixels[start : start + self.batch], names[start : start + self.batch])
-                for start in range(0, len(pixels), self.batch)
-            ]
-        )
+        """As `encode`, in the form that the store holds: [I, *row_format.shape]."""
+        starts = range(0, len(pixels), self.batch)
+        found = [self.begin(pixels[start : start + self.batch], names[start : start + self.batch]) for start in starts]
+        return torch.cat([encoding.checked() for encoding in found])
 
-    def _encode_batch(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    @torch.inference_mode()
+    def begin(self, pixels: torch.Tensor, names: Sequence[str]) -> Encoding:
+        """Rows of at most `batch` pictures, not waited for; a GPU copies `pixels` by itself where they are pinned."""
         self._round_products()
-        count = len(pixels)
+        count, pixels = len(pixels), pixels.to(self.tower.device, non_blocking=True)
         if count < self.batch:
             pixels = torch.cat([pixels, pixels.new_zeros(self.batch - count, *pixels.shape[1:])])
         features = self._forward(self.tower, pixels, self.precision)[:count]
         finite = torch.isfinite(features.to(torch.float16)).flatten(1).all(1)
-        if not finite.all():
-            bad = names[int(torch.argmin(finite.int()))]
-            raise PipelineError(
-                "features are not finite in float16", where=bad, remedy="set vision.precision: float32", code=NUMERIC
-            )
-        return self.row_format.encode(features).cpu()
+        return Encoding(self.row_format.encode(features), finite, names)
 
     def _round_products(self) -> None:
         """Hold the weights of matrix products in the format that autocast would round them to anew in every call."""
@@ -195,7 +190,7 @@ class Encoder(nn.Module):
     def encode_files(self, files: Sequence[bytes], names: Sequence[str]) -> torch.Tensor:
         """Image files -> patch features float16 [I, P, Dv]: decode, resize, encode."""
         if not files:
-            return torch.empty(0, self.tokens, self.width, dtype=torch.float16)
+            return torch.empty(0, self.tokens, self.width, dtype=torch.float16, device=self.device)
         pixels = np.stack([self.preprocess(data, where=name) for data, name in zip(files, names, strict=True)])
         return self.encode(torch.from_numpy(pixels), names)
 

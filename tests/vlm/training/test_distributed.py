@@ -25,6 +25,7 @@ from test_loop import SCHEDULE
 from pipeline.core.files import write_json
 from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.encoder.encoding import Encoding
 from pipeline.features.extraction import Processes, extract
 from pipeline.features.sources import StoredFeatures
 from pipeline.features.store.store import FeatureStore
@@ -117,9 +118,9 @@ def run(world: World, mixture: Path, case: Case) -> Outcome:
 class Counting(Encoder):
     """Remembers what it was asked to encode."""
 
-    def encode_rows(self, pixels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    def begin(self, pixels: torch.Tensor, names: Sequence[str]) -> Encoding:
         self.__dict__.setdefault("seen", []).extend(names)
-        return super().encode_rows(pixels, names)
+        return super().begin(pixels, names)
 
 
 def encode(images: ImageRoot, clip: Path, out: Path, shard_rows: int, processes: Processes) -> list[str]:
