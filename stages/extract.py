@@ -96,7 +96,7 @@ def _write_meta(encoder: Encoder, good: np.ndarray) -> None:
     meta = Path("data/features_meta")
     with publish_folder(meta) as folder, writing(meta):
         (folder / "encoder.json").write_text(to_json({"tokens": encoder.tokens, "width": encoder.width}), encoding="utf-8")
-        np.save(folder / "images.npy", GoodImages.table(good))
+        GoodImages.write(folder / "images.npy", good)
 
 
 def _write_rejected(bad: list[PipelineError]) -> None:

@@ -17,6 +17,7 @@ from pipeline.records.other_kinds import kind_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # parsers an image may reach; EPS would start another program
 MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded
+MAX_WEBP = 64_000_000  # pixels of a WebP, for each of which its decoder takes sixteen bytes
 MAX_RATIO = 200  # of the sides: a strip, resized until its short side fits an encoder, would take gigabytes
 MAX_SCANNED = 2_000_000_000  # pixels times scans of a JPEG: each scan goes over all of them, and a file may hold thousands
 MAX_RUNS = 8 << 20  # bytes of a run-length BMP, which is decoded by an interpreted loop
@@ -91,13 +92,19 @@ def _decode(data: bytes, where: str, exif: bytes | None = None) -> Image.Image:
         check_size(image.size, where=where)
         _check_work(image, data, where)
         image.load()
-        upright = _UPRIGHT.get(_orientation(image, exif))
-        return _to_rgb(image if upright is None else image.transpose(upright), where)
+        turn = _UPRIGHT.get(_orientation(image, exif))
+        if turn is None:
+            return _to_rgb(image, where)
+        upright = image.transpose(turn)
+        image.close()  # of a large picture one copy at a time
+        return _to_rgb(upright, where)
 
 
 def _check_work(image: Image.Image, data: bytes, where: str) -> None:
-    """Raises `ImageError` for a file that decodes for minutes although its picture is small enough."""
+    """Raises `ImageError` for a file that decodes for minutes, or in gigabytes, although its picture is small enough."""
     pixels = image.width * image.height
+    if image.format == "WEBP" and pixels > MAX_WEBP:
+        raise ImageError(f"a WebP of {image.width}×{image.height} pixels, more than {MAX_WEBP:,}", where=where)
     if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) * pixels > MAX_SCANNED:
         raise ImageError(f"{scans:,} scans of {pixels:,} pixels, more than {MAX_SCANNED:,} in all", where=where)
     tiles = getattr(image, "tile", None) or [("",)]
@@ -124,7 +131,7 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
         raise ImageError("floating-point pixels", where=where)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         return _in_strips(image, _on_white)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_16_bits(image: Image.Image, where: str) -> Image.Image:

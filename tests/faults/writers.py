@@ -18,6 +18,7 @@ from pipeline.core import link_or_copy, make_folder, publish, publish_folder, re
 from pipeline.features.store.row_format import Float16Format
 from pipeline.features.store.shards import write_shard
 from pipeline.features.store.store import INDEX
+from pipeline.records import GoodImages
 from pipeline.text import PromptBuilder
 from pipeline.text.token_table import SCHEMA, write_tokens
 from pipeline.vlm.model import Manifest, VisionLanguageModel, build_projector, checkpoint
@@ -60,7 +61,7 @@ def tokens(folder: Path) -> None:
 def pictures(folder: Path) -> None:
     with publish_folder(folder / "meta") as temporary, writing(folder / "meta"):
         (temporary / "encoder.json").write_text(to_json({"tokens": 4, "width": 8}), encoding="utf-8")
-        np.save(temporary / "images.npy", hashes(20))
+        GoodImages.write(temporary / "images.npy", hashes(20))
     with publish(folder / "rejected.csv") as temporary, writing(folder / "rejected.csv"), temporary.open("w", newline="") as text:
         csv.writer(text, lineterminator="\n").writerows([("image", "reason"), ("a.png", "empty file")] * 9)
 

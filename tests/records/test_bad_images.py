@@ -223,7 +223,7 @@ def test_rows_in_are_rows_used_and_rows_listed(world: World, tmp_path_factory: p
         (folder / f"{number}.png").write_bytes(world.images.read(f"{number}.png"))
     table = folder / "good.npy"
     keys = [digest(world.images.read(f"{number}.png")) for number in random.Random(len(chosen)).sample(range(3), 2)]
-    np.save(table, GoodImages.table(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)))
+    GoodImages.write(table, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32))
     records = [Record(f"f:{number}", tuple(names), ()) for number, names in enumerate(chosen)]
     for good in (None, GoodImages(table)):
         rows = list(readable(records, Digests(ImageRoot(folder), good).digest_of_decodable))
@@ -235,14 +235,14 @@ def test_the_table_of_good_pictures_knows_each_and_no_other(tmp_path: Path) -> N
     hashes = np.random.default_rng(0).integers(0, 256, (500, 32), dtype=np.uint8)
     hashes[:100, -1] = 0  # NumPy's texts drop zeros at their end
     hashes[100:200, -3:] = 0
-    np.save(tmp_path / "good.npy", GoodImages.table(hashes))
+    GoodImages.write(tmp_path / "good.npy", hashes)
     good = GoodImages(tmp_path / "good.npy")
     assert all(key.tobytes() in good for key in hashes)
     for key in hashes:
         other = key.copy()
         other[-1] ^= 1
         assert other.tobytes() not in good
-    np.save(tmp_path / "none.npy", GoodImages.table(hashes[:0]))
+    GoodImages.write(tmp_path / "none.npy", hashes[:0])
     assert hashes[0].tobytes() not in GoodImages(tmp_path / "none.npy")
 
 

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline.core.errors import PipelineError
+from pipeline.records import decoder
 from pipeline.records.decoder import MAX_PIXELS, decode
 from pipeline.records.images import ImageError, ImageRoot, digest
 
@@ -137,6 +138,13 @@ def test_a_damaged_file_is_an_image_error_that_names_it(kind: str) -> None:
         decode(data, where="folder: bad.png")
     assert caught.value.line().startswith("folder: bad.png: ")
     assert len(caught.value.line().splitlines()) == 1
+
+
+def test_a_webp_may_have_fewer_pixels_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "MAX_WEBP", 1599)
+    assert decode(saved(NOISE), where="x.png").size == (40, 40)
+    with pytest.raises(ImageError, match="a WebP of 40×40 pixels"):
+        decode(saved(NOISE, "WEBP"), where="x.webp")
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")

@@ -47,9 +47,12 @@ class GoodImages:
         return place < len(self._keys) and self._hashes[place].tobytes() == key
 
     @staticmethod
-    def table(hashes: np.ndarray) -> np.ndarray:
-        """Hashes uint8 [n, 32] in any order -> what such a file holds, to be written with `np.save`."""
-        return np.sort(np.ascontiguousarray(hashes).reshape(-1).view("S32")).view(np.uint8).reshape(-1, 32)
+    def write(path: Path, hashes: np.ndarray) -> None:
+        """Hashes uint8 [n, 32] in any order -> such a file. Raises `OSError`, which `np.save` may keep to itself."""
+        table = np.sort(np.ascontiguousarray(hashes).reshape(-1).view("S32")).view(np.uint8).reshape(-1, 32)
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(table))
+            file.write(table.reshape(-1).data)
 
 
 class Digests:
