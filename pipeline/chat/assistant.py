@@ -4,12 +4,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from pipeline.chat.paths import OTHER, read_picture
 from pipeline.core import RESOURCE, PipelineError, merged_tokens, named_by
@@ -93,6 +94,11 @@ class Assistant:
         self.builder = PromptBuilder(llm, revision=revision, image_token=image_token, tokens=tokens, date=date)
         self.context = getattr(self.model.language_model.config, "max_position_embeddings", None)
         self.one_at_a_time = threading.Lock()
+
+    @cached_property
+    def exact_tower(self) -> PreTrainedModel:
+        """The encoder's tower as it is in its files, for what looks back at an answer; read when first asked for."""
+        return self.encoder.exact_tower()
 
     def look(self, path: str | Path, *, name: str = "") -> torch.Tensor:
         """Patch features float16 [P, Dv] of a picture file; messages call it `name`, or its path."""

@@ -79,7 +79,8 @@ def look_back(assistant: "Assistant", turns: Sequence["Turn"], files: Sequence[b
     pixels = [encoder.preprocess(data, where=f"picture {number}") for number, data in enumerate(files, 1)]
     shown = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, encoder.side, encoder.side)
     with assistant.one_at_a_time:
-        return saliency.look_back(assistant.model, encoder, assistant.builder, turns, shown, methods)
+        tower = assistant.exact_tower
+        return saliency.look_back(assistant.model, encoder, assistant.builder, turns, shown, methods, tower=tower)
 
 
 def sheet_of(assistant: "Assistant", files: Sequence[bytes], seen: "Seen") -> "Image.Image":

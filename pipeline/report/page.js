@@ -24,3 +24,24 @@ function sift() {
   document.getElementById("shown").textContent = shown + " shown";
 }
 if (right) { right.addEventListener("change", sift); kind.addEventListener("change", sift); sift(); }
+const by = document.getElementById("by-heat");
+function lay(card, heat, chosen) {
+  card.querySelectorAll(".over").forEach(old => old.remove());
+  const words = card.querySelector(".words"), maps = heat[by.value];
+  words.hidden = !maps;
+  [...words.children].forEach((word, number) => word.setAttribute("aria-pressed", number === chosen));
+  if (maps) [...card.querySelectorAll(".seen")].forEach((place, number) => {
+    const over = new Image(), sides = ["left", "top", "width", "height"];
+    over.className = "over"; over.src = maps[chosen][number]; over.alt = "";
+    sides.forEach((side, at) => { over.style[side] = heat.places[number][at] + "%"; });
+    place.append(over);
+  });
+}
+if (by) {
+  const all = JSON.parse(document.getElementById("heat").textContent);
+  const cards = [...document.querySelectorAll("#gallery article")].filter(card => card.querySelector(".words"));
+  cards.forEach((card, number) => [...card.querySelector(".words").children].forEach(
+    (word, chosen) => word.addEventListener("click", () => lay(card, all[number], chosen))));
+  by.addEventListener("change", () => cards.forEach((card, number) => lay(card, all[number],
+    all[number].words.reduce((longest, word, at, words) => word.length > words[longest].length ? at : longest, 0))));
+}

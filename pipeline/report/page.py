@@ -31,8 +31,10 @@ LABELS = {"pretrain": "after pretrain", "sft": "after SFT"}
 Row = dict[str, Any]
 
 
-def write_report(path: Path, names: Sequence[str]) -> int:
+def write_report(path: Path, names: Sequence[str], *, look: bool = False) -> int:
     """Write the page of these experiments, or of the work tree where none is named; returns its size in bytes.
+
+    `look`: with heat maps over the gallery's pictures, by the work tree's model.
 
     Raises `PipelineError` for a run that has no figures, and for one that is not there.
     """
@@ -43,13 +45,13 @@ def write_report(path: Path, names: Sequence[str]) -> int:
         if not any(run.metrics[stage] for stage in TRAINED):
             where = "metrics" if run.name == HERE else f"metrics of {run.name}"
             raise PipelineError("no figures yet", where=where, remedy="dvc repro", code=ARTEFACT)
-    text = _render(runs)
+    text = _render(runs, look=look)
     with publish(path) as temporary, writing(path):
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file's name may have half surrogates
     return path.stat().st_size
 
 
-def _render(runs: list[Experiment]) -> str:
+def _render(runs: list[Experiment], *, look: bool) -> str:
     charts: dict[str, Spec] = {}
     curves = [{"stage": stage, "panels": _add(charts, _curves(runs, stage))} for stage in TRAINED]
     series = _series(runs)
@@ -59,6 +61,8 @@ def _render(runs: list[Experiment]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    gallery = _gallery(runs, answered)
+    heat_problem = _add_heat(gallery, runs[0]) if look and gallery else ""
     licence, vega = _vega()
     script = environment.get_template("page.js").render()
     scripts = [*vega, script]
@@ -71,15 +75,23 @@ def _render(runs: list[Experiment]) -> str:
         curves=[part for part in curves if part["panels"]],
         groups=[_groups(charts, "Question types", types), _groups(charts, "Turns", turns)],
         confusions=[{"label": label, "table": table} for label, table in _confusions(last)],
-        gallery=_gallery(runs, answered),
+        gallery=gallery,
+        looked=look,
+        heat_problem=heat_problem,
+        heat=_data([card["heat"] for card in gallery.cards if card["heat"]] if gallery else []),
         costs=_costs(runs),
         params=_params(runs),
         versions=_versions(),
-        charts=Markup(json.dumps(charts, sort_keys=True).replace("<", "\\u003c")),
+        charts=_data(charts),
         licence=Markup(licence),
         scripts=[Markup(script) for script in scripts],
         policy=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
     )
+
+
+def _data(content: Any) -> Markup:
+    """As the text of a script that is read and not run."""
+    return Markup(json.dumps(content, sort_keys=True).replace("<", "\\u003c"))
 
 
 def _vega() -> tuple[str, list[str]]:
@@ -172,6 +184,17 @@ def _gallery(runs: list[Experiment], answered: dict[tuple[str, str], Answers]) -
     dataset, problem = _heldout(run)
     gallery = build_gallery(columns, dataset, limit=0)
     return gallery if gallery.problem or not problem else Gallery(gallery.cards, gallery.kinds, gallery.flips, problem)
+
+
+def _add_heat(gallery: Gallery, run: Experiment) -> str:
+    """Heat maps into the gallery's cards; returns why some are missing."""
+    from pipeline.report.looking import add_heat  # loads a model
+
+    dataset, problem = _heldout(run)
+    stage = [stage for stage in TRAINED if Path(f"models/{stage}/glance.json").is_file() and run.scores[stage]]
+    if dataset is None or not stage:
+        return problem or "no trained model here"
+    return add_heat(gallery.cards, dataset, Path(f"models/{stage[-1]}"))
 
 
 def _heldout(run: Experiment) -> tuple[HeldOut | None, str]:

@@ -7,6 +7,7 @@ from the last layer to the first, so no [T, T] product is made. Shapes: R rows, 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -70,8 +71,13 @@ def weights_of(model: PreTrainedModel, attentions: Any, layers: int, tokens: int
 
 def require_attention_alone(language_model: PreTrainedModel) -> None:
     """Raises `PipelineError` for a family whose layers pass on something beside their attention (Falcon-H1's state space)."""
-    if "what a mask hides" in mixes_conversations(language_model):
+    if language_model not in _mixing:
+        _mixing[language_model] = "what a mask hides" in mixes_conversations(language_model)
+    if _mixing[language_model]:
         raise unseen(language_model)
+
+
+_mixing: "WeakKeyDictionary[PreTrainedModel, bool]" = WeakKeyDictionary()
 
 
 def unseen(model: PreTrainedModel) -> PipelineError:

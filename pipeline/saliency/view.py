@@ -55,12 +55,17 @@ def look_back(
     turns: Sequence[Turn],
     pixels: torch.Tensor,
     methods: Sequence[str],
+    *,
+    tower: PreTrainedModel,
 ) -> Seen:
     """Where the words of the last turn, an assistant's, come from.
 
-    pixels: uint8 [S, 3, side, side] of the pictures that `turns` show, in order. The encoder's weights are read from its files
-    again, since those it encodes with are rounded. Raises `PipelineError` where there is no picture or no word, and for a
-    language model or an encoder whose attention cannot be seen (see `rollout`).
+    Args:
+        pixels: uint8 [S, 3, side, side] of the pictures that `turns` show, in order.
+        tower: `encoder.exact_tower()`, since the one that encodes is rounded and closed to gradients.
+
+    Raises `PipelineError` where there is no picture or no word, and for a language model or an encoder whose attention cannot be
+    seen (see `rollout`).
     """
     prompt = builder.build(turns)
     first, end = (int(place) for place in np.asarray(prompt.spans).reshape(-1, 2)[-1])
@@ -78,7 +83,6 @@ def look_back(
         starts=torch.as_tensor(np.asarray(prompt.image_starts), dtype=torch.long, device=device),
         words=[tokens for _, tokens in words],
     )
-    tower = encoder.exact_tower()
     pixels = pixels.to(device)
     found = {}
     with torch.no_grad():

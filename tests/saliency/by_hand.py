@@ -51,7 +51,7 @@ class ByHand:
 
     def look(self, answer: str, pixels: torch.Tensor, methods: list[str]) -> Seen:
         turns = self.turns(answer, len(pixels))
-        return look_back(self.model, self.encoder, self.builder, turns, pixels, methods)
+        return look_back(self.model, self.encoder, self.builder, turns, pixels, methods, tower=self.encoder.exact_tower())
 
 
 def build(folder: Path, *, merge: str = "none", factor: int = 1, pool: int = 1) -> ByHand:
