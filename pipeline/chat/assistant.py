@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from pipeline.chat.paths import OTHER, read_picture
 from pipeline.core import RESOURCE, PipelineError, merged_tokens, named_by
 from pipeline.core.devices import autocast, pick_device, pick_precision
-from pipeline.features import Encoder
+from pipeline.features import RESAMPLING, Encoder, warn_of_resampling
 from pipeline.records import ImageError, ImageSlot, Turn
 from pipeline.text import DATE, Prompt, PromptBuilder
 from pipeline.vlm.model import GREEDY, checkpoint, generate
@@ -80,7 +80,8 @@ class Assistant:
             batch=batch,
         )
         found, trained = self.encoder.spec(), vision["spec"]
-        if differ := [key for key in trained if key != "precision" and found.get(key) != trained[key]]:
+        warn_of_resampling(trained, str(folder), "train it again")
+        if differ := [key for key in trained if key not in ("precision", RESAMPLING) and found.get(key) != trained[key]]:
             raise PipelineError(
                 f"{vision['model']} has changed since training ({differ[0]})", where=str(folder), remedy="dvc repro"
             )

@@ -2,6 +2,7 @@
 
 encoder      the frozen vision tower and its pixels          store        rows of patch features on disk
 distinct     the distinct pictures of data sets              decoding     pictures decoded by worker processes
+resampling   which Pillow resizes them
 shard_plan   which shards and rows are new                extraction   every picture, once, into the store
 sources      what training asks for features: the store or the live encoder
 `python -m pipeline.features verify|info|show` looks after a store.
@@ -13,6 +14,8 @@ from pipeline.features.encoder.encoder import Encoder, load_encoder
 from pipeline.features.encoder.preprocess import Preprocessor
 from pipeline.features.encoder.tower import ANY_SIZE, TOWERS, side_of, tower_class
 from pipeline.features.extraction import Extraction, Processes, extract
+from pipeline.features.resampling import KEY as RESAMPLING
+from pipeline.features.resampling import warn_of_resampling
 from pipeline.features.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
 from pipeline.features.store.row_format import Float16Format, Int8Format, RowFormat
 from pipeline.features.store.shards import row_bytes, write_shard
@@ -20,6 +23,7 @@ from pipeline.features.store.store import FeatureStore, write_index
 
 __all__ = [
     "ANY_SIZE",
+    "RESAMPLING",
     "TOWERS",
     "Encoder",
     "Extraction",
@@ -40,6 +44,7 @@ __all__ = [
     "row_bytes",
     "side_of",
     "tower_class",
+    "warn_of_resampling",
     "write_index",
     "write_shard",
 ]

@@ -30,6 +30,7 @@ from pipeline.core import (
 from pipeline.features.claims import POLL, ClaimedShards, Claims, remove_old_claims
 from pipeline.features.decoding import DecodedImages, ImageFile
 from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.resampling import KEY, warn_of_resampling
 from pipeline.features.shard_plan import NewShard, ShardPlan, holds, plan_shards
 from pipeline.features.store.shards import row_bytes, write_shard
 from pipeline.features.store.store import ShardSet, write_index
@@ -211,6 +212,9 @@ def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Pa
         f"{encoder.batch} images a call on {encoder.device}, {workers} decoding processes",
         flush=True,
     )
+    spec = encoder.row_spec()
+    if KEY in spec and (folder.parent / fingerprint({key: spec[key] for key in spec if key != KEY})).exists():
+        warn_of_resampling({}, str(folder.parent), "go on: all pictures are encoded anew, into a store of their own")
     need = write * (row + 40)
     if need > free:
         raise PipelineError(

@@ -207,6 +207,36 @@ def test_two_machines_with_a_work_tree_each_and_one_store_end_as_two_processes_o
 
 
 @pytest.mark.slow
+def test_sft_on_two_machines_with_a_work_tree_each_ends_as_two_processes_of_one_do(
+    untrained: Path, alone: Path, project: Path, tmp_path: Path
+) -> None:
+    """The live encoder reads each tree's own pictures; every file of both trees, bit for bit, also after a stop."""
+    trees = two_trees(untrained, tmp_path)
+    for tree in (*trees, project):
+        take(alone, tree)
+        shutil.copytree(alone / "models/pretrain", tree / "models/pretrain")
+        set_params(tree, "sft.epochs=6")
+    finish(stage("sft", project))
+    running = on_two_machines("sft", trees)
+    while not all(any(int(path.name) >= 3 for path in tree.glob(".dvc/tmp/resume/*/[0-9]*")) for tree in trees):
+        assert all(each.poll() is None for each in running), [each.communicate()[1] for each in running]
+        time.sleep(0.01)
+    for each in running:
+        each.send_signal(signal.SIGTERM)
+    for each in running:
+        each.communicate(timeout=120)
+    for running_again in on_two_machines("sft", trees):
+        finish(running_again)
+    for name in ("models/sft", "results/sft"):
+        expected = contents(project / name)
+        assert expected
+        assert [contents(tree / name) for tree in trees] == [expected, expected], name
+    for tree in trees:
+        assert json.loads((tree / "metrics/sft.json").read_text())["steps"] > 0
+        assert not list((tree / ".dvc/tmp/resume").iterdir())
+
+
+@pytest.mark.slow
 def test_two_machines_whose_work_trees_differ_are_told_in_what(untrained: Path, alone: Path, tmp_path: Path) -> None:
     trees = two_trees(untrained, tmp_path)
     for tree in trees:

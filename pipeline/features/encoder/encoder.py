@@ -20,6 +20,7 @@ from pipeline.core.grid import mean_of_blocks
 from pipeline.features.encoder.encoding import Encoding
 from pipeline.features.encoder.preprocess import Preprocessor
 from pipeline.features.encoder.tower import keep_layers, load_tower, side_of
+from pipeline.features.resampling import resampling
 from pipeline.features.store.row_format import (
     Float16Format,
     Int8Format,
@@ -201,6 +202,7 @@ class Encoder(nn.Module):
         return {
             **stored,
             **pooled,
+            **resampling(),
             "features": FEATURES_VERSION,
             "weights": self._weights,
             "config": self._config,

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.core import ARTEFACT, PipelineError, brief, seal, unseal, write_json
+from pipeline.features.resampling import KEY, warn_of_resampling
 from pipeline.features.store.mapping import open_rows
 from pipeline.features.store.row_format import Float16Format, RowFormat
 from pipeline.features.store.shards import Shard
@@ -145,9 +146,11 @@ class FeatureStore(ShardSet):
     def check_encoder(self, spec: dict[str, Any]) -> None:
         """Refuse features of another encoder than `spec` describes, naming the first difference.
 
-        Images of a call are none: rows are as exact in any number of them, and `extract` keeps rows of two numbers apart.
+        Images of a call are none: rows are as exact in any number of them, and `extract` keeps rows of two numbers apart, as it
+        does those of two versions of Pillow, which is a warning.
         """
-        for key in sorted((spec.keys() | self.spec.keys()) - {"batch"}):
+        warn_of_resampling(self.spec, str(self.folder), "dvc repro -f -s extract")
+        for key in sorted((spec.keys() | self.spec.keys()) - {"batch", KEY}):
             if spec.get(key) != self.spec.get(key):
                 raise PipelineError(
                     f"features were made with {key} {_short(self.spec.get(key))}, params ask for {_short(spec.get(key))}",

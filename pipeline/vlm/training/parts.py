@@ -7,7 +7,15 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.core import ARTEFACT, PipelineError, merged_tokens
-from pipeline.features import Encoder, FeatureSource, FeatureStore, LiveFeatures, StoredFeatures
+from pipeline.features import (
+    RESAMPLING,
+    Encoder,
+    FeatureSource,
+    FeatureStore,
+    LiveFeatures,
+    StoredFeatures,
+    warn_of_resampling,
+)
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.records import open_dataset
 from pipeline.text import DATE, PromptBuilder, TokenTable
@@ -62,7 +70,8 @@ def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, s
     """A start may come from elsewhere, by an import: what it was trained with must be what params name."""
     manifest, llm = checkpoint.read_manifest(start), params.llm
     vision, kind, trained, found = manifest.vision, manifest.projector["kind"], manifest.vision["spec"], encoder.spec()
-    differ = sorted(key for key in {*trained, *found} - {"precision"} if found.get(key) != trained.get(key))
+    differ = sorted(key for key in {*trained, *found} - {"precision", RESAMPLING} if found.get(key) != trained.get(key))
+    warn_of_resampling(trained, str(start), "train it again")
     problem = remedy = ""
     if kind != params.projector.kind:
         problem, remedy = f"has a {kind} projector", f"set projector.kind: {kind}"
