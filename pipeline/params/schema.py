@@ -175,10 +175,27 @@ class Tuning(Training):
     start: Annotated[str, Field(min_length=1)]
 
 
+METRICS = ("exact", "vqa", "contains", "token_f1", "anls", "rouge_l", "cider", "yes_no", "choice")
+
+
+def _metrics(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected auto, or a list of metrics")
+    if unknown := [name for name in value if name not in METRICS]:
+        raise ValueError(f"no metric {unknown[0]!r}, expected auto or some of {', '.join(METRICS)}")
+    return list(dict.fromkeys(value))
+
+
 class Evaluate(Section):
     limit: Count
+    metrics: Annotated[list[str] | Literal["auto"], PlainValidator(_metrics)]
     max_new_tokens: Positive
     every: Count
+
+
+Tracker = Literal["none", "tensorboard", "trackio", "mlflow", "wandb", "dvclive"]
 
 
 class Runtime(Section):
@@ -193,7 +210,7 @@ class Runtime(Section):
     live_cache_mb: Count
     save_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     eval_batch: Positive
-    live: bool
+    track: Tracker
     profile: Count
 
 

@@ -9,11 +9,12 @@ tokenization   a data set's records -> its table           token_table    the ta
 from pipeline.text.builder import PromptBuilder, template_faults
 from pipeline.text.prompts import Prompt
 from pipeline.text.template import DATE
-from pipeline.text.token_table import Row, TokenTable, write_tokens
+from pipeline.text.token_table import SCHEMA, Row, TokenTable, write_tokens
 from pipeline.text.tokenization import TOO_LONG, RowFilter, RowTokenizer, Summary, build_or_refuse, fit_length, tokenize
 
 __all__ = [
     "DATE",
+    "SCHEMA",
     "TOO_LONG",
     "Prompt",
     "PromptBuilder",

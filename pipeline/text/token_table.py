@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core import ARTEFACT, PipelineError, brief, publish, record, verify, writing
+from pipeline.text.spread import spread_rows
 
 REMEDY = "dvc repro -f -s tokenize"
 
@@ -81,6 +82,9 @@ class Row:
 class TokenTable:
     """Random access to a token file without loading it.
 
+    Args:
+        limit: so many of its rows, in their order (see `spread_rows`); 0 = all.
+
     Attributes:
         lengths: int32 [N], tokens a row.
         supervised: int64 [N], supervised tokens a row.
@@ -99,7 +103,8 @@ class TokenTable:
                 reader = pa.ipc.open_file(source)
                 self.spec: dict[str, Any] = json.loads(reader.schema.metadata[b"spec"])
                 table = reader.read_all()
-            table = table.slice(0, limit) if limit else table
+            if limit and limit < len(table):
+                table = table.take(pa.array(spread_rows(table["image_sha256"], limit)))
             self._batches = table.to_batches()
             for batch in self._batches:
                 batch.validate(full=True)

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from pipeline.params.reading import override, read_yaml
-from pipeline.vlm.evaluation.metrics import METRICS, exact
-from pipeline.vlm.evaluation.predictions import summarise, write_table
+from pipeline.vlm.evaluation.choosing import choose_metrics
+from pipeline.vlm.evaluation.predictions import TEXTS, make_table, writing_tables
+from pipeline.vlm.evaluation.summary import summarise
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("Red.", "Blue.", "Yes.", "No.")
@@ -58,6 +59,7 @@ class Results:
             made.append(
                 {
                     "where": f"data/rows.jsonl:{number + 1}",
+                    "source": "data/rows.jsonl",
                     "turn": 0,
                     "images": [f"{number % 8}.png"],
                     "question": ASKED[number % 4],
@@ -71,13 +73,9 @@ class Results:
 
     def write(self, stage: str, rows: list[dict[str, Any]], *, heldout: bool = False, **figures: Any) -> None:
         """What a stage leaves behind it, by the code that the stages use."""
-        blind = [exact(row["blind"], row["reference"]) for row in rows]
-        scored = [
-            row | {name: metric(row["answer"], row["reference"]) for name, metric in METRICS.items()} | {"blind_exact": unseen}
-            for row, unseen in zip(rows, blind, strict=True)
-        ]
-        table, folder = self.write_answers(stage, scored), self.folder / "results" / stage
-        (folder / "scores.json").write_text(json.dumps(summarise(table)))
+        table, folder = self.write_answers(stage, rows), self.folder / "results" / stage
+        chosen, why = choose_metrics("auto", table["question"].to_pylist(), table["reference"].to_pylist())
+        (folder / "scores.json").write_text(json.dumps(summarise(folder / "predictions.parquet", chosen, why)))
         steps = np.arange(300)
         lines = [f"{step},0,{3 * 0.98**step + 0.01},{1e-3 * (1 - step / 300)},{1 + step % 7}" for step in steps]
         (folder / "history.csv").write_text("\n".join(["step,epoch,loss,lr,grad_norm", *lines]) + "\n")
@@ -86,7 +84,7 @@ class Results:
         said = {
             "questions": len(rows),
             "accuracy": float(np.mean(table["exact"])),
-            "accuracy_blind": float(np.mean(blind)),
+            "accuracy_blind": float(np.mean(table["blind_exact"])),
             "loss": 0.25,
             "seconds": 12.5,
             "peak_memory_gb": 1.25,
@@ -98,9 +96,12 @@ class Results:
     def write_answers(self, stage: str, rows: list[dict[str, Any]]) -> pa.Table:
         """predictions.parquet alone."""
         path = self.folder / "results" / stage / "predictions.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = pa.Table.from_pylist(rows)
-        write_table(path, table)
+        columns = {name: [row[name] for row in rows] for name in (*TEXTS, "turn", "images")}
+        questions, references = columns["question"], columns["reference"]
+        chosen, _ = choose_metrics("auto", questions, references)
+        table = make_table(columns, [np.array(row["log_likelihood"]) for row in rows], chosen=chosen)
+        with writing_tables(path) as write:
+            write(table)
         return table
 
     def metrics(self, stage: str, **figures: Any) -> None:

@@ -1,11 +1,14 @@
 """Every supervised turn of held-out rows as a question: what stands before it, the pictures shown by then, and its reference."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.records import Turn
 from pipeline.text import PromptBuilder, TokenTable
+
+WINDOW = 16_384  # rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +31,21 @@ class Question:
     slots: range
 
 
-def find_questions(table: TokenTable) -> list[Question]:
-    """Those of all rows, in order; ids are views into the file."""
+def row_windows(rows: int) -> Iterator[np.ndarray]:
+    """Row numbers, so many at a time as are looked at together: what is held of each does not grow with the table."""
+    return (np.arange(start, min(start + WINDOW, rows)) for start in range(0, rows, WINDOW))
+
+
+def find_questions(table: TokenTable, rows: Iterable[int] | None = None) -> list[Question]:
+    """Those of some rows, or of all, in order; ids are views into the file."""
     found = []
-    for number in range(len(table)):
-        row, before = table.row(number), 0
+    for number in range(len(table)) if rows is None else rows:
+        row, before = table.row(int(number)), 0
         for turn, (start, end) in enumerate(row.spans.tolist()):
             shown = int(np.searchsorted(row.image_start, start))
             slots = range(row.slots.start, row.slots.start + shown)
             asked = row.ids[before:start]
-            found.append(Question(number, turn, row.ids[:start], asked, row.ids[start:end], row.image_start[:shown], slots))
+            found.append(Question(int(number), turn, row.ids[:start], asked, row.ids[start:end], row.image_start[:shown], slots))
             before = end
     return found
 

@@ -1,65 +1,136 @@
-"""What a trained model is worth on held-out rows: every answer to results/<stage>/predictions.parquet, and the figures of it."""
+"""What a trained model is worth on held-out rows: every answer to results/<stage>/predictions.parquet, and the figures of it.
+
+Rows are looked at a window at a time: asked, answered, compared and written, so that memory does not grow with the set.
+"""
 
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.core import publish, writing
 from pipeline.core.trees import is_first_of_tree
 from pipeline.features import NoFeatures
-from pipeline.vlm.evaluation import Answering, answer_accuracy, find_questions, make_table, summarise, write_table
+from pipeline.vlm.evaluation import (
+    Answering,
+    Cider,
+    Question,
+    Wording,
+    answer_questions,
+    choose,
+    choose_metrics,
+    find_options,
+    find_questions,
+    make_table,
+    row_windows,
+    source_names,
+    summarise,
+    writing_tables,
+)
 from pipeline.vlm.model import VisionLanguageModel
 from pipeline.vlm.training.assembly import TrainingRun
 
+LOOKED_AT = 1000  # rows by which `evaluate.metrics: auto` chooses, spread evenly
 
-def measure_answers(run: TrainingRun, model: VisionLanguageModel, likelihoods: list[np.ndarray]) -> dict[str, Any]:
+
+def measure_answers(run: TrainingRun, model: VisionLanguageModel, likelihoods: np.ndarray) -> dict[str, Any]:
     """Accuracy over every supervised turn with its 95 % interval, and that of the blind control.
 
-    The first process of each work tree writes the answers and `scores.json`, which has the same by question type and turn.
+    The first process of each work tree writes the answers and `scores.json`, which has all other figures; all others return
+    nothing.
 
     Args:
-        likelihoods: of each supervised token of each held-out row (see `log_likelihoods`).
+        likelihoods: of each supervised token of the held-out rows (see `log_likelihoods`).
     """
-    heldout, params = run.heldout, run.params
-    asking = Answering(params.evaluate.max_new_tokens, params.runtime.eval_batch)
-    unseen = replace(heldout, source=NoFeatures(heldout.source))
-    score, answers = answer_accuracy(model, heldout, run.accelerator, run.builder, asking)
-    blind_score, blind = answer_accuracy(model, unseen, run.accelerator, run.builder, replace(asking, blind=True))
-    figures = {"questions": score.questions, "accuracy": round(score.accuracy, 6), "accuracy_blind": round(blind_score.accuracy, 6)}
-    if not is_first_of_tree():
-        return figures
-    questions, results = find_questions(heldout.table), Path("results") / run.name
-    spans = [(likelihoods[question.row], len(question.reference)) for question in questions]
-    firsts = _firsts([(question.row, size) for question, (_, size) in zip(questions, spans, strict=True)])
-    each = [values[first : first + size] for first, (values, size) in zip(firsts, spans, strict=True)]
-    table = make_table(heldout.table, questions, run.builder, answers=answers, blind=blind, log_likelihood=each)
-    write_table(results / "predictions.parquet", table)
-    found = summarise(table)
+    results = Path("results") / run.name
+    chosen, why = choose_metrics(run.params.evaluate.metrics, *_said(run, _looked_at(len(run.heldout.table))))
+    writes = is_first_of_tree()
+    with writing_tables(results / "predictions.parquet") if writes else nullcontext() as write:
+        for table in _tables(run, model, likelihoods, chosen):
+            if write is not None:
+                write(table)
+    if not writes:
+        return {}
+    found = summarise(results / "predictions.parquet", chosen, why)
     with publish(results / "scores.json") as temporary, writing(results / "scores.json"):
         temporary.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _tell(run.name, found)
-    exact = found["metrics"].get("exact", {})
-    return figures | {f"accuracy_{end}": exact[end] for end in ("low", "high") if end in exact}
+    exact, blind = found["exact"], found["blind"]
+    figures = {"questions": found["questions"], "accuracy": exact["mean"], "accuracy_blind": blind["mean"]}
+    return figures | {f"accuracy_{end}": exact[end] for end in ("low", "high")}
 
 
-def _firsts(sizes: list[tuple[int, int]]) -> list[int]:
-    """Where each question's tokens begin among the supervised tokens of its row."""
-    firsts, row, done = [], -1, 0
-    for number, size in sizes:
-        done = done if number == row else 0
-        firsts.append(done)
-        row, done = number, done + size
-    return firsts
+def _looked_at(rows: int) -> np.ndarray:
+    return np.unique(np.linspace(0, rows - 1, min(rows, LOOKED_AT)).astype(np.int64))
+
+
+def _said(run: TrainingRun, rows: np.ndarray) -> tuple[list[str], list[str]]:
+    """Questions and references of these rows."""
+    questions, wording = find_questions(run.heldout.table, rows), Wording(run.builder)
+    return [wording(question) for question in questions], _references(run, questions)
+
+
+def _references(run: TrainingRun, questions: list[Question]) -> list[str]:
+    return [run.builder.decode(question.reference).strip() for question in questions]
+
+
+def _tables(run: TrainingRun, model: VisionLanguageModel, likelihoods: np.ndarray, chosen: list[str]) -> Iterator[pa.Table]:
+    """The rows of predictions.parquet, a window at a time. All processes take part in answering."""
+    heldout, accelerator, builder = run.heldout, run.accelerator, run.builder
+    asking = Answering(run.params.evaluate.max_new_tokens, run.params.runtime.eval_batch, run.training.micro_tokens)
+    unseen, known = replace(heldout, source=NoFeatures(heldout.source)), dict[bytes, str]()
+    of_source, wording, names = source_names(run.params.data.heldout), Wording(builder), heldout.table.image_names()
+    cider = Cider([text] for text in _every_reference(run)) if "cider" in chosen else None
+    first = 0
+    for rows in row_windows(len(heldout.table)):
+        questions = find_questions(heldout.table, rows)
+        answers = answer_questions(model, heldout, accelerator, builder, asking, questions)
+        blind = answer_questions(model, unseen, accelerator, builder, replace(asking, blind=True), questions, known)
+        where = [heldout.table.where(question.row) for question in questions]
+        columns: dict[str, Any] = {
+            "where": where,
+            "source": [of_source(place) for place in where],
+            "turn": [question.turn for question in questions],
+            "images": [names.slice(question.slots.start, len(question.slots)).to_pylist() for question in questions],
+            "question": [wording(question) for question in questions],
+            "reference": _references(run, questions),
+            "answer": [text.strip() for text in answers],
+            "blind": [text.strip() for text in blind],
+        }
+        choice = None
+        if "choice" in chosen:
+            offered = [find_options(*pair) for pair in zip(columns["question"], columns["reference"], strict=True)]
+            seen, hidden = (
+                choose(model, examples, accelerator, builder, questions, offered, micro_tokens=run.training.micro_tokens)
+                for examples in (heldout, unseen)
+            )
+            choice = seen, hidden
+        ends = first + np.cumsum([len(question.reference) for question in questions])
+        each = np.split(likelihoods[first : int(ends[-1])], ends[:-1] - first)
+        first = int(ends[-1])
+        yield make_table(columns, each, chosen=chosen, cider=cider, choice=choice)
+
+
+def _every_reference(run: TrainingRun) -> Iterator[str]:
+    for rows in row_windows(len(run.heldout.table)):
+        yield from _references(run, find_questions(run.heldout.table, rows))
 
 
 def _tell(name: str, found: dict[str, Any]) -> None:
     """One line of the metrics that fit, one for each warning."""
-    shown = [
-        f"{metric} {value['mean']:.2%} ({value['low']:.2%} to {value['high']:.2%})" for metric, value in found["metrics"].items()
-    ]
-    print(f"{name}: held-out answers, 95 % intervals: {', '.join(shown)}; blind {found['blind']['mean']:.2%}", flush=True)
+    print(f"{name}: held-out answers, {found['chosen']}, with 95 % intervals: {', '.join(_shown(found))}", flush=True)
     for warning in found["warnings"]:
         print(f"{name}: warning: {warning}", flush=True)
+
+
+def _shown(found: dict[str, Any]) -> Iterator[str]:
+    for metric, value in found["metrics"].items():
+        form = "{:.3f}" if metric == "cider" else "{:.2%}"
+        if value.get("mean") is not None:
+            mean, low, high, blind = (form.format(value[key]) for key in ("mean", "low", "high", "blind"))
+            yield f"{metric} {mean} ({low} to {high}), blind {blind}"

@@ -19,8 +19,9 @@ from pipeline.vlm.batches.loader import plan_micro_batches
 from pipeline.vlm.batches.packing import row_budget
 from pipeline.vlm.batches.plan import pack_by_tokens, split_by_tokens
 from pipeline.vlm.batches.sharing import find_sharing, no_sharing
-from pipeline.vlm.evaluation.accuracy import Answering, answer_accuracy
+from pipeline.vlm.evaluation.answering import Answering, answer_questions
 from pipeline.vlm.evaluation.loss import heldout_loss
+from pipeline.vlm.evaluation.questions import find_questions
 from pipeline.vlm.training.loop import train
 
 SHOWN = [ROWS[0], ROWS[2], ROWS[6], ROWS[7], ROWS[8], ROWS[3]]
@@ -165,11 +166,12 @@ def test_training_and_measuring_are_the_same(world: World, both: Pair, live: boo
         model, examples = world.model("all"), Examples(table, source, world.builder.image_id, find_sharing(table))
         history = train(model, examples, SCHEDULE, accelerator)
         loss = heldout_loss(model, examples, accelerator, micro_tokens=200)
-        score, answers = answer_accuracy(model, examples, accelerator, world.builder, Answering(2, 4))
+        questions = find_questions(table)
+        answers = answer_questions(model, examples, accelerator, world.builder, Answering(2, 4, 999), questions)
         blind = Examples(table, NoFeatures(source), world.builder.image_id)
-        _, unseen = answer_accuracy(model, blind, accelerator, world.builder, Answering(2, 4, blind=True))
+        unseen = answer_questions(model, blind, accelerator, world.builder, Answering(2, 4, 999, blind=True), questions)
         turns = sum(len(table.row(number).spans) for number in range(len(table)))
-        assert score.questions == turns == len(answers) == len(unseen)
+        assert turns == len(answers) == len(unseen)
         found.append(([step["loss"] for step in history], loss, answers, unseen))
     assert np.isfinite(found[0][0]).all()
     assert found[0] == found[1]

@@ -36,9 +36,10 @@ from pipeline.vlm.batches.examples import Examples
 from pipeline.vlm.batches.loader import plan_micro_batches
 from pipeline.vlm.batches.schedule import Execution
 from pipeline.vlm.batches.sharing import find_sharing
-from pipeline.vlm.evaluation.accuracy import Answering, answer_accuracy
+from pipeline.vlm.evaluation.answering import Answering, answer_questions
 from pipeline.vlm.evaluation.heldout import Heldout
 from pipeline.vlm.evaluation.loss import heldout_loss
+from pipeline.vlm.evaluation.questions import find_questions
 from pipeline.vlm.model.sharding import gather_weights
 from pipeline.vlm.model.vlm import VisionLanguageModel
 from pipeline.vlm.training.callbacks import Callbacks
@@ -111,7 +112,8 @@ def run(world: World, mixture: Path, case: Case) -> Outcome:
     heldout = heldout_loss(model, examples, accelerator, micro_tokens=70)
     assert [row["step"] for row in measured.rows] == [3, 5]
     assert measured.rows[-1]["loss"] == pytest.approx(heldout, rel=1e-6)
-    _, answers = answer_accuracy(model, examples, accelerator, world.builder, Answering(max_new_tokens=4, batch_size=2))
+    asking = Answering(max_new_tokens=4, batch_size=2, tokens=999)
+    answers = answer_questions(model, examples, accelerator, world.builder, asking, find_questions(world.table))
     return Outcome(history, heldout, answers, {name: t.detach().clone() for name, t in model.state_dict().items()})
 
 
