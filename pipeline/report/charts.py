@@ -31,7 +31,7 @@ def read_curves(data: bytes | None, *, where: str) -> dict[str, np.ndarray]:
 
 
 def stage_charts(history: Mapping[str, Curves], heldout: Mapping[str, Curves], names: Sequence[str]) -> list[Spec]:
-    """A panel each for the training loss, held-out loss, lr and gradient norm, a colour a run; those without values are left out.
+    """A panel each for training loss, held-out loss, lr, gradient norm and router loss, a colour a run, where there are values.
 
     Args:
         history, heldout: the curves of each run, by the run's name.
@@ -42,6 +42,7 @@ def stage_charts(history: Mapping[str, Curves], heldout: Mapping[str, Curves], n
         ("Held-out loss", heldout, "loss", False),
         ("Learning rate", history, "lr", False),
         ("Gradient norm", history, "grad_norm", True),
+        ("Router loss", history, "router_loss", True),
     )
     made = (_curve(title, curves, column, names, smooth) for title, curves, column, smooth in panels)
     return [spec for spec in made if spec]

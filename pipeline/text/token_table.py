@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.core import ARTEFACT, PipelineError, brief, publish, record, verify, writing
 from pipeline.text.spread import spread_rows
@@ -162,6 +163,13 @@ class TokenTable:
         at = number - int(self._first_row[part])
         ids, spans, starts = (values[offsets[at] : offsets[at + 1]] for offsets, values in self._columns[part])
         return Row(ids, spans.reshape(-1, 2), starts, range(int(self._first_slot[number]), int(self._first_slot[number + 1])))
+
+    def spread(self, count: int) -> np.ndarray:
+        """So many of the rows that show pictures, of all where none does: over the table and its pictures, always the same."""
+        images = pa.chunked_array([batch.column("image_sha256") for batch in self._batches], SCHEMA.field("image_sha256").type)
+        shown = np.flatnonzero(pc.list_value_length(images).to_numpy() > 0)
+        rows = shown if len(shown) else np.arange(len(self))
+        return rows[spread_rows(images.take(pa.array(rows)), count)]
 
     def parts(self) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], ...]]:
         """The file's pieces in order: ids, spans and image starts, each as offsets [n + 1] and flat values."""

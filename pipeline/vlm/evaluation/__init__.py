@@ -6,11 +6,11 @@ choosing   which metrics fit                          sources     parts of a mix
 predictions   every answer kept                       summary     what they come to                 heldout     on the way
 """
 
-from pipeline.vlm.evaluation.answering import Answering, answer_questions
+from pipeline.vlm.evaluation.answering import Answering, answer_alike, answer_questions
 from pipeline.vlm.evaluation.choices import choose, find_options
 from pipeline.vlm.evaluation.choosing import choose_metrics
 from pipeline.vlm.evaluation.corpus import Cider, YesNo
-from pipeline.vlm.evaluation.heldout import Heldout
+from pipeline.vlm.evaluation.heldout import Heldout, write_losses
 from pipeline.vlm.evaluation.loss import heldout_loss, log_likelihoods
 from pipeline.vlm.evaluation.predictions import make_table, writing_tables
 from pipeline.vlm.evaluation.questions import Question, Wording, find_questions, row_windows
@@ -24,6 +24,7 @@ __all__ = [
     "Question",
     "Wording",
     "YesNo",
+    "answer_alike",
     "answer_questions",
     "choose",
     "choose_metrics",
@@ -35,5 +36,6 @@ __all__ = [
     "row_windows",
     "source_names",
     "summarise",
+    "write_losses",
     "writing_tables",
 ]

@@ -21,7 +21,7 @@ from pipeline.vlm.model.packed_attention import PACKED
 from pipeline.vlm.model.probing import logit_factor, mixes_conversations, require_fit
 from pipeline.vlm.model.projector import build_projector
 from pipeline.vlm.model.roles import backbone, backbone_name, decoder_layers, output_head
-from pipeline.vlm.model.sharding import full_tensor, gather_weights, reshard, shard_like, shard_model, sync_gradients
+from pipeline.vlm.model.sharding import full_tensor, gather_weights, gathered, reshard, shard_like, shard_model, sync_gradients
 from pipeline.vlm.model.standard import LAYERS, out_of_place, require_place
 from pipeline.vlm.model.vlm import VisionLanguageModel
 
@@ -44,6 +44,7 @@ __all__ = [
     "frozen_digest",
     "full_tensor",
     "gather_weights",
+    "gathered",
     "generate",
     "hidden_size",
     "language_model_files",

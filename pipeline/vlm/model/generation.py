@@ -18,7 +18,7 @@ from pipeline.vlm.model.vlm import VisionLanguageModel
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a model that goes on training afterwards must not keep a tensor of it
 def generate(
     model: VisionLanguageModel,
     builder: PromptBuilder,

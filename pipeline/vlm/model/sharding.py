@@ -4,7 +4,8 @@ Every layer's weights are gathered when it runs and dropped after, so a model ne
 processes must run the same number of pieces: gathering is something that they do together.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -32,6 +33,16 @@ def reshard(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def gathered(model: torch.nn.Module) -> Iterator[None]:
+    """Within, what is no decoder layer is whole, so that parts of the model can run by themselves; layers gather their own."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    yield
+    if isinstance(model, FSDPModule):
+        reshard(model)
 
 
 def gather_weights(sharded: M, fresh: M) -> M:

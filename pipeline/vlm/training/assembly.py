@@ -26,6 +26,7 @@ from pipeline.vlm.model import (
 )
 from pipeline.vlm.training.loop import MIXED
 from pipeline.vlm.training.parts import check_start, choose_sharing, make_builder, make_model, open_feature_sources
+from pipeline.vlm.training.tracking import require_tracker
 
 DATA = Path("data")  # of which tokens/ and features/ are read
 
@@ -94,6 +95,7 @@ def assemble(
 
     Raises `PipelineError` for parts that do not fit each other.
     """
+    require_tracker(params.runtime.track)
     accelerator, precision = _accelerate(params, training)
     device = accelerator.device  # one a process
     encoder = load_encoder(params.vision, device=device, batch=pick_batch(params.runtime.extract_batch, device))
@@ -145,7 +147,7 @@ def assemble(
 
 
 def _tables(folder: Path, name: str, limit: int) -> tuple[TokenTable, TokenTable]:
-    """What is trained on, and what is measured on, of that the first `limit` rows."""
+    """What is trained on, and what is measured on, of that `limit` rows."""
     return TokenTable(folder / f"{name}.arrow"), TokenTable(folder / "heldout.arrow", limit=limit)
 
 

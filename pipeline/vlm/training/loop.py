@@ -42,7 +42,8 @@ def train(
     execution: Execution = Execution(),  # noqa: B008 (frozen)
     callbacks: Callbacks = Callbacks(),  # noqa: B008
 ) -> list[dict[str, float]]:
-    """Train in place; returns the history, a row a step: step, epoch, loss (per supervised token), lr, grad_norm.
+    """Train in place; returns the history, a row a step: step, epoch, loss (per supervised token), lr, grad_norm, and
+    router_loss (the mean over micro-batches, weighed as it is trained) where a mixture's router trains.
 
     Several processes (accelerate) divide each step between them; the history is the same in all. A model that is sharded
     stays so. Raises `PipelineError` before the update that a non-finite loss or gradient would spoil, and when told to stop.
@@ -108,7 +109,7 @@ class _Steps:
         else:
             self._wrapped, self._optimizer = accelerator.prepare(model, optimizer)
         self._wrapped.train()
-        self._total = torch.zeros((), device=accelerator.device)
+        self._total = torch.zeros(2, device=accelerator.device)  # the loss, and a router's
 
     def begin(self) -> None:
         """A step begins."""
@@ -126,21 +127,22 @@ class _Steps:
                 loss, router = self._wrapped(batch, features)
             # weight: 1 / supervised tokens of the step; gradients are averaged over processes, the loss is a sum over all of them
             accelerator.backward(loss * (micro.weight * accelerator.num_processes) + router / micro.parts)
-        self._total += loss.detach() * micro.weight
+        self._total += torch.stack([loss.detach() * micro.weight, router.detach() / (micro.parts * accelerator.num_processes)])
 
     def update(self, epoch: int, where: str) -> None:
         """Change the weights and add the step's figures to the history; `where` names one of its rows."""
         total, schedule, step = self.accelerator.reduce(self._total, "sum"), self._schedule, len(self.history)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         norm = full_tensor(self.accelerator.clip_grad_norm_(trained, schedule.clip_norm))
-        loss, length = torch.stack([total, norm.to(total.dtype)]).tolist()  # one wait for the device a step
+        loss, router, length = torch.cat([total, norm.to(total.dtype)[None]]).tolist()  # one wait for the device a step
         saved = self.checkpointer.last_good() if self.checkpointer else ""
         require_finite(loss, length, step, schedule, where, scaled=self.accelerator.scaler is not None, saved=saved)
         lr = float(self._scheduler.get_last_lr()[0])
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self.history.append({"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": length})
+        row = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": length}
+        self.history.append(row | ({"router_loss": router} if self.model.router_trains else {}))
 
     def call_back(self, callbacks: Callbacks, progress: Progress, *, last: bool) -> None:
         """After an update: figures out, held-out loss measured where it is due, the state saved where it is time."""
@@ -149,7 +151,8 @@ class _Steps:
         if callbacks.heldout and callbacks.heldout.is_due(len(self.history), last=last):
             with progress.paused():
                 self._measure(callbacks.heldout)
-
+            if callbacks.log:
+                callbacks.log({"heldout_loss": callbacks.heldout.rows[-1]["loss"]}, len(self.history) - 1)
         if self.checkpointer:
             self.checkpointer.after_step(self.model, self._optimizer, self.history, self.accelerator, last=last)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pipeline.core import publish, writing
 from pipeline.core.trees import is_first_of_tree
@@ -38,6 +39,7 @@ from pipeline.vlm.training.assembly import TrainingRun
 LOOKED_AT = 1000  # rows by which `evaluate.metrics: auto` chooses, spread evenly
 
 
+@torch.inference_mode()
 def measure_answers(run: TrainingRun, model: VisionLanguageModel, likelihoods: np.ndarray) -> dict[str, Any]:
     """Accuracy over every supervised turn with its 95 % interval, and that of the blind control.
 

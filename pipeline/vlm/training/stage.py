@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.core import NUMERIC, PipelineError, hold, main_checkout, publish, writing
 from pipeline.core.trees import is_first_of_tree
 from pipeline.params import Dataset, StageParams, Training
-from pipeline.vlm.evaluation import Heldout, heldout_loss, log_likelihoods
+from pipeline.vlm.evaluation import Heldout, heldout_loss, log_likelihoods, write_losses
 from pipeline.vlm.model import Manifest, VisionLanguageModel, checkpoint, frozen_digest, gather_weights, weights_digest
 from pipeline.vlm.training.alike import require_alike
 from pipeline.vlm.training.assembly import TrainingRun, assemble
@@ -24,9 +24,12 @@ from pipeline.vlm.training.divergence import has_diverged
 from pipeline.vlm.training.loop import train
 from pipeline.vlm.training.measuring import measure_answers
 from pipeline.vlm.training.parts import projector_shape
+from pipeline.vlm.training.samples import describe, sample_answers, sample_questions
 from pipeline.vlm.training.state import TrainingState, locks
+from pipeline.vlm.training.tracking import Log, tracked
 
 History = list[dict[str, float]]
+WATCH = Path(".dvc/tmp/watch")  # in the main checkout: traces and trackers' files
 
 
 def train_stage(params: StageParams, training: Training, *, dataset: Dataset, name: str, start: Path | None) -> dict[str, Any]:
@@ -37,13 +40,20 @@ def train_stage(params: StageParams, training: Training, *, dataset: Dataset, na
     run = assemble(params, training, dataset=dataset, name=name, start=start)
     state = _training_state(run)
     require_alike(run.accelerator, state.depends)
-    with hold(state.folder.name, locks()) if run.accelerator.is_main_process else nullcontext():
-        return _train_and_measure(run, state, _heldout_measurements(run))
+    with (
+        hold(state.folder.name, locks()) if run.accelerator.is_main_process else nullcontext(),
+        tracked(run.accelerator, params.runtime.track, name, main_checkout() / WATCH, asdict(run.schedule)) as log,
+    ):
+        figures = _train_and_measure(run, state, _heldout_measurements(run), log)
+        if log:
+            log({key: value for key, value in figures.items() if isinstance(value, int | float)}, figures["steps"])
+    run.accelerator.end_training()
+    return figures
 
 
-def _train_and_measure(run: TrainingRun, state: TrainingState, measured: Heldout | None) -> dict[str, Any]:
+def _train_and_measure(run: TrainingRun, state: TrainingState, measured: Heldout | None, log: Log | None) -> dict[str, Any]:
     writes, training = is_first_of_tree(), run.training
-    history, saved = _train(run, state, measured)
+    history, saved = _train(run, state, measured, log)
     model = _whole_model(run)
     loss, likelihoods = log_likelihoods(model, run.heldout, run.accelerator, micro_tokens=training.micro_tokens)
     made = [row["loss"] for row in history]
@@ -63,7 +73,6 @@ def _train_and_measure(run: TrainingRun, state: TrainingState, measured: Heldout
         raise _diverged(run, figures, loss, made, saved)
     if writes:
         state.clear()
-    run.accelerator.end_training()
     return figures
 
 
@@ -93,21 +102,27 @@ def _training_state(run: TrainingRun) -> TrainingState:
         "weights": weights_digest(run.model.parameters()),
     }
     if every := params.evaluate.every:
-        depends["heldout"] = {"every": every, "keep": training.keep, "rows": len(heldout), "tokens": heldout.digest}
+        answers = params.evaluate.max_new_tokens
+        depends["heldout"] = {
+            "every": every, "keep": training.keep, "rows": len(heldout), "tokens": heldout.digest, "answers": answers
+        }  # fmt: skip
     return TrainingState(main_checkout() / ".dvc" / "tmp" / "resume", run.name, depends)
 
 
 def _heldout_measurements(run: TrainingRun) -> Heldout | None:
-    """Held-out loss as the run goes on, where params ask for it."""
+    """Held-out loss and some answers as the run goes on, where params ask for it."""
     every, micro_tokens = run.params.evaluate.every, run.training.micro_tokens
 
     def measure(model: VisionLanguageModel) -> float:
         return heldout_loss(model, run.heldout, run.accelerator, micro_tokens=micro_tokens, even=run.sharded)
 
-    return Heldout(measure, every=every, keep_best=run.training.keep == "best") if every else None
+    if not every:
+        return None
+    answer = sample_answers(run, sample_questions(run))
+    return Heldout(measure, every=every, keep_best=run.training.keep == "best", answer=answer)
 
 
-def _train(run: TrainingRun, state: TrainingState, measured: Heldout | None) -> tuple[History, str]:
+def _train(run: TrainingRun, state: TrainingState, measured: Heldout | None, log: Log | None) -> tuple[History, str]:
     """Run the loop; returns its history and which state there is to fall back on.
 
     Raises AssertionError where something has written to what is frozen.
@@ -115,9 +130,8 @@ def _train(run: TrainingRun, state: TrainingState, measured: Heldout | None) -> 
     model, runtime, first = run.model, run.params.runtime, run.accelerator.is_main_process
     before = frozen_digest(model)
     checkpointer = Checkpointer(state, minutes=runtime.save_minutes, heldout=measured, write=is_first_of_tree())
-    folder = main_checkout() / ".dvc" / "tmp" / "watch" / run.name
-    with step_callback(folder, profile=runtime.profile if first else 0, live=runtime.live and first) as on_step:
-        callbacks = Callbacks(checkpointer, measured, on_step)
+    with step_callback(main_checkout() / WATCH / run.name, profile=runtime.profile if first else 0, log=log) as on_step:
+        callbacks = Callbacks(checkpointer, measured, on_step, log)
         history = train(model, run.examples, run.schedule, run.accelerator, execution=run.execution, callbacks=callbacks)
     checkpointer.take_best(model, run.accelerator)
     if frozen_digest(model) != before or any(p.grad is not None for p in model.parameters() if not p.requires_grad):
@@ -162,5 +176,6 @@ def _write_curves(run: TrainingRun, history: History, measured: Heldout | None) 
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()
         writer.writerows(history)
+    write_losses(results / "heldout.csv", measured.rows if measured else [])
     if measured:
-        measured.write(results / "heldout.csv")
+        measured.write_answers(results / "samples.json", describe(run, sample_questions(run)))

@@ -14,8 +14,10 @@ from pipeline.features.sources import StoredFeatures
 from pipeline.params.reading import check, override, read_yaml
 from pipeline.text.token_table import TokenTable
 from pipeline.vlm.batches.examples import Examples
-from pipeline.vlm.evaluation.heldout import Heldout
+from pipeline.vlm.evaluation.answering import Answering, answer_alike
+from pipeline.vlm.evaluation.heldout import Heldout, write_losses
 from pipeline.vlm.evaluation.loss import heldout_loss
+from pipeline.vlm.evaluation.questions import find_questions
 from pipeline.vlm.model.vlm import VisionLanguageModel
 from pipeline.vlm.training.callbacks import Callbacks
 from pipeline.vlm.training.checkpointing import Checkpointer
@@ -40,7 +42,13 @@ def measure_on(world: World, unseen: TokenTable) -> Heldout:
     def measure(model: VisionLanguageModel) -> float:
         return heldout_loss(model, Examples(unseen, source, world.builder.image_id), accelerator(), micro_tokens=500)
 
-    return Heldout(measure, every=2)
+    asking, questions = Answering(6, 4, 999), find_questions(unseen)
+    examples = Examples(unseen, source, world.builder.image_id)
+
+    def answer(model: VisionLanguageModel) -> list[str]:
+        return answer_alike(model, examples, accelerator(), world.builder, asking, questions)
+
+    return Heldout(measure, every=2, answer=answer)
 
 
 def attempt(
@@ -64,6 +72,7 @@ def test_measuring_changes_no_bit_of_a_run_and_measures_the_model_of_that_step(w
     at_the_end.measure(plain, STEPS - 1, show=False)
     assert at_the_end.rows == heldout.rows[-1:]
     assert len({row["loss"] for row in heldout.rows}) == 3
+    assert [len(row["answers"]) for row in heldout.rows] == [2, 2, 2]
 
 
 def test_the_last_step_is_measured_whatever_the_stride() -> None:
@@ -144,6 +153,28 @@ def test_a_run_that_is_killed_right_after_a_measurement_measures_it_again(
     assert bits(model) == weights_by_step[1]
 
 
+@pytest.mark.parametrize("stride", [1, 3])
+def test_answers_on_the_way_are_the_same_file_however_often_a_run_is_stopped(
+    world: World, tmp_path: Path, unseen: TokenTable, stride: int
+) -> None:
+    undisturbed = measure_on(world, unseen)
+    attempt(world, "all", undisturbed, None)
+    undisturbed.write_answers(tmp_path / "one.json", [{"question": "What?"}])
+    resume = TrainingState(tmp_path, "t", {"k": 1})
+    while True:
+        heldout = measure_on(world, unseen)
+        try:
+            attempt(world, "all", heldout, Stopping(resume, stride, heldout=heldout))
+            break
+        except PipelineError:
+            continue
+    heldout.write_answers(tmp_path / "other.json", [{"question": "What?"}])
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "other.json").read_bytes()
+    found = json.loads((tmp_path / "one.json").read_text())
+    assert [row["step"] for row in found["measured"]] == [1, 3, 5]
+    assert len({json.dumps(row["answers"]) for row in found["measured"]}) > 1, "the model learns to say something else"
+
+
 def test_without_best_only_the_last_state_is_kept(world: World, tmp_path: Path, unseen: TokenTable) -> None:
     resume, heldout = TrainingState(tmp_path, "t", {"k": 1}), measure_on(world, unseen)
     checkpointer = Checkpointer(resume, minutes=0, heldout=heldout)
@@ -179,10 +210,11 @@ def test_the_best_of_nothing_measured_is_refused() -> None:
 
 
 def test_the_curve_is_a_csv(tmp_path: Path) -> None:
-    heldout = Heldout(lambda _: 0.5, every=1)
-    heldout.rows = json.loads('[{"step": 1, "loss": 0.25}, {"step": 3, "loss": 0.5}]')  # as it comes back from a state
-    heldout.write(tmp_path / "a/heldout.csv")
+    rows = json.loads('[{"step": 1, "loss": 0.25, "answers": ["x"]}, {"step": 3, "loss": 0.5}]')  # as it comes back from a state
+    write_losses(tmp_path / "a/heldout.csv", rows)
     assert (tmp_path / "a/heldout.csv").read_text().split() == ["step,loss", "1,0.25", "3,0.5"]
+    write_losses(tmp_path / "heldout.csv", [])
+    assert (tmp_path / "heldout.csv").read_text().split() == ["step,loss"]
 
 
 def test_the_first_process_says_what_it_found(capsys: pytest.CaptureFixture[str], world: World) -> None:

@@ -90,6 +90,9 @@ def test_the_router_loss_counts_where_the_router_trains_and_not_in_pretrain(worl
     assert not Path("models/pretrain/model.safetensors").exists()
     assert [row["grad_norm"] for row in heavy[1]] != [row["grad_norm"] for row in without[1]]
     assert json.loads(Path("models/sft/config.json").read_text())["model_type"] == family
+    assert all(float(row["router_loss"]) > 0.1 for row in heavy[1]), "weighed by 0.5, and at least 1 for an even mixture"
+    assert {float(row["router_loss"]) for row in without[1]} == {0.0}
+    assert "router_loss" not in heavy[0][0]
     before = gates(load_file(mixture(family, 0.5) / "model.safetensors"))
     trained, balanced = gates(without[2]), gates(heavy[2])
     layers = [0, 1, 2] if train == "all" else [0, 2]

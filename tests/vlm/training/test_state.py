@@ -211,7 +211,8 @@ def test_a_killed_stage_ends_with_the_files_of_an_undisturbed_one(workspace: Pat
     assert start("pretrain", workspace).wait(timeout=300) == 0
     figures = json.loads((workspace / "metrics/pretrain.json").read_text())
     expected = outputs(workspace)
-    assert ("heldout.csv" in expected) == ("best_step" in figures) == (keep == "best")
+    assert ("samples.json" in expected) == ("best_step" in figures) == (keep == "best")
+    assert expected["heldout.csv"].startswith(b"step,loss")
     if keep == "best":
         curve = [(float(row["loss"]), int(row["step"])) for row in csv.DictReader(expected["heldout.csv"].decode().splitlines())]
         assert (figures["loss"], figures["best_step"]) == (pytest.approx(min(curve)[0], abs=1e-5), min(curve)[1])

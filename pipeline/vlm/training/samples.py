@@ -1,0 +1,42 @@
+"""The same few held-out pictures asked again as a run goes on: how its answers come to be."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.vlm.evaluation import Answering, Question, Wording, answer_alike, find_questions
+from pipeline.vlm.model import VisionLanguageModel, gathered
+from pipeline.vlm.training.assembly import TrainingRun
+
+PICTURES = 8
+
+
+def sample_questions(run: TrainingRun) -> list[Question]:
+    """The first of each of eight held-out rows about different pictures, always the same."""
+    table = run.heldout.table
+    return [question for question in find_questions(table, table.spread(PICTURES)) if question.turn == 0]
+
+
+def sample_answers(run: TrainingRun, questions: list[Question]) -> Callable[[VisionLanguageModel], list[str]]:
+    """What asks a model that goes on training afterwards. All processes answer, and have the same."""
+    asking = Answering(run.params.evaluate.max_new_tokens, run.params.runtime.eval_batch, run.training.micro_tokens)
+
+    def answer(model: VisionLanguageModel) -> list[str]:
+        with gathered(model):
+            return answer_alike(model, run.heldout, run.accelerator, run.builder, asking, questions)
+
+    return answer
+
+
+def describe(run: TrainingRun, questions: list[Question]) -> list[dict[str, Any]]:
+    """What is asked, for whoever reads the answers."""
+    table, wording = run.heldout.table, Wording(run.builder)
+    names = table.image_names()
+    return [
+        {
+            "where": table.where(question.row),
+            "images": names.slice(question.slots.start, len(question.slots)).to_pylist(),
+            "question": wording(question),
+            "reference": run.builder.decode(question.reference).strip(),
+        }
+        for question in questions
+    ]
