@@ -29,7 +29,7 @@ from pipeline.score.figures import Scored, summarise
 from pipeline.score.tasks import Question, Task
 from pipeline.text import RowTokenizer, Summary, TokenTable, tokenize, write_tokens
 from pipeline.vlm.batches import Examples
-from pipeline.vlm.evaluation import Answering, answer_accuracy, find_questions, log_likelihoods, make_table
+from pipeline.vlm.evaluation import Answering, answer_questions, describe, find_questions, log_likelihoods, make_table
 from pipeline.vlm.training.loop import MIXED
 
 PART = 8192  # questions that are in memory at once
@@ -137,15 +137,18 @@ def _extract(model: Model, benchmark: Benchmark, parts: list[Path], work: Path) 
 def _answered(model: Model, benchmark: Benchmark, parts: list[Path], work: Path) -> Iterator[pa.Table]:
     """The rows of the predictions, a part at a time."""
     assistant, store = model.assistant, FeatureStore(work / "features")
-    asking = Answering(benchmark.task.tokens, model.params.runtime.eval_batch)
+    asking = Answering(benchmark.task.tokens, model.params.runtime.eval_batch, MICRO_TOKENS)
     for part in parts:
         table = TokenTable(part)
         seen = Examples(table, StoredFeatures(store, table, assistant.device), assistant.builder.image_id, None, assistant.factor)
         unseen = replace(seen, source=NoFeatures(seen.source))
-        _, answers = answer_accuracy(assistant.model, seen, model.accelerator, assistant.builder, asking)
-        _, blind = answer_accuracy(assistant.model, unseen, model.accelerator, assistant.builder, replace(asking, blind=True))
+        asked, with_model = find_questions(table), (model.accelerator, assistant.builder)
+        answers = answer_questions(assistant.model, seen, *with_model, asking, asked)
+        blind = answer_questions(assistant.model, unseen, *with_model, replace(asking, blind=True), asked)
         _, likelihoods = log_likelihoods(assistant.model, seen, model.accelerator, micro_tokens=MICRO_TOKENS)
-        rows = make_table(table, find_questions(table), assistant.builder, answers=answers, blind=blind, log_likelihood=likelihoods)
+        columns = describe(table, asked, assistant.builder)
+        columns |= {"source": [benchmark.name] * len(asked), "answer": answers, "blind": blind}
+        rows = make_table(columns, np.split(likelihoods, np.cumsum(table.supervised)[:-1]), chosen=["exact"])
         questions = [Question(**json.loads(line)) for line in part.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
         yield _with_scores(rows, questions, benchmark.task)
 

@@ -13,7 +13,7 @@ from pipeline.vlm.evaluation.corpus import Cider, YesNo
 from pipeline.vlm.evaluation.heldout import Heldout, write_losses
 from pipeline.vlm.evaluation.loss import heldout_loss, log_likelihoods
 from pipeline.vlm.evaluation.predictions import make_table, writing_tables
-from pipeline.vlm.evaluation.questions import Question, Wording, find_questions, row_windows
+from pipeline.vlm.evaluation.questions import Question, describe, find_questions, references_of, row_windows
 from pipeline.vlm.evaluation.sources import source_names
 from pipeline.vlm.evaluation.summary import summarise
 
@@ -22,17 +22,18 @@ __all__ = [
     "Cider",
     "Heldout",
     "Question",
-    "Wording",
     "YesNo",
     "answer_alike",
     "answer_questions",
     "choose",
     "choose_metrics",
+    "describe",
     "find_options",
     "find_questions",
     "heldout_loss",
     "log_likelihoods",
     "make_table",
+    "references_of",
     "row_windows",
     "source_names",
     "summarise",

@@ -46,7 +46,8 @@ def answer_questions(
     questions: Sequence[Question],
     known: dict[bytes, str] | None = None,
 ) -> list[str]:
-    """Greedy answers to questions about the table of `examples`, in their order. All processes take part and get all of them.
+    """Greedy answers to questions about the table of `examples`, in their order, blanks at their ends taken off. All processes
+    take part and get all of them.
 
     Questions with the same prompt and the same images have the same answer, so each is generated once. Zeroed images are all
     the same image, which is why the blind control takes a fraction of the time. `known` has answers from one call to the next.
@@ -87,7 +88,7 @@ def answer_alike(
     order = sorted(range(len(questions)), key=lambda number: -len(questions[number].prompt))
     produced = _answer(model, examples, accelerator, builder, asking, _batches([questions[number] for number in order], asking))
     found = dict(zip(order, chain.from_iterable(produced), strict=True))
-    return [found[number].strip() for number in range(len(questions))]
+    return [found[number] for number in range(len(questions))]
 
 
 def _keys(questions: Sequence[Question], hashes: np.ndarray | None) -> list[bytes]:
@@ -140,5 +141,5 @@ def _answer(
                     max_new_tokens=asking.max_new_tokens,
                     device=accelerator.device,
                 )
-            answers.append([builder.decode(ids) for ids in produced])
+            answers.append([builder.decode(ids).strip() for ids in produced])
     return answers

@@ -12,6 +12,7 @@ blind_...         of `blind`: exact, and those of the chosen metrics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ Writer = Callable[[pa.Table], None]
 
 
 def make_table(
-    columns: dict[str, list[str] | list[int] | list[list[str]]],
+    columns: dict[str, list[Any]],
     log_likelihood: Sequence[np.ndarray],
     *,
     chosen: Sequence[str],
@@ -47,7 +48,7 @@ def make_table(
     metrics = dict(METRICS)
     if cider is not None:
         metrics["cider"] = lambda answer, reference: cider(answer, [reference])
-    said = {name: [str(text) for text in columns[name]] for name in ("answer", "blind", "reference")}
+    said = {name: columns[name] for name in ("answer", "blind", "reference")}
     for name, metric in metrics.items():
         made[name] = pa.array(score(metric, said["answer"], said["reference"]))
     for name in dict.fromkeys(["exact", *chosen]):

@@ -1,7 +1,8 @@
 """Every supervised turn of held-out rows as a question: what stands before it, the pictures shown by then, and its reference."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -79,3 +80,20 @@ class Wording:
         texts = self._plain(prompt.ids[:first]), self._plain(prompt.ids[end:second])
         found = [(before, behind) for before, _, behind in (text.rpartition(sign) for text in texts)]
         return found[0], found[1]
+
+
+def describe(table: TokenTable, questions: Sequence[Question], builder: PromptBuilder) -> dict[str, list[Any]]:
+    """What is shown and asked, a column each: where, turn, images (names), question, reference."""
+    wording, names = Wording(builder), table.image_names()
+    return {
+        "where": [table.where(question.row) for question in questions],
+        "turn": [question.turn for question in questions],
+        "images": [names.slice(question.slots.start, len(question.slots)).to_pylist() for question in questions],
+        "question": [wording(question) for question in questions],
+        "reference": references_of(questions, builder),
+    }
+
+
+def references_of(questions: Sequence[Question], builder: PromptBuilder) -> list[str]:
+    """The rows' own answers, blanks at the ends aside."""
+    return [builder.decode(question.reference).strip() for question in questions]

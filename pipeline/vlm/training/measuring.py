@@ -20,14 +20,14 @@ from pipeline.features import NoFeatures
 from pipeline.vlm.evaluation import (
     Answering,
     Cider,
-    Question,
-    Wording,
     answer_questions,
     choose,
     choose_metrics,
+    describe,
     find_options,
     find_questions,
     make_table,
+    references_of,
     row_windows,
     source_names,
     summarise,
@@ -73,12 +73,8 @@ def _looked_at(rows: int) -> np.ndarray:
 
 def _said(run: TrainingRun, rows: np.ndarray) -> tuple[list[str], list[str]]:
     """Questions and references of these rows."""
-    questions, wording = find_questions(run.heldout.table, rows), Wording(run.builder)
-    return [wording(question) for question in questions], _references(run, questions)
-
-
-def _references(run: TrainingRun, questions: list[Question]) -> list[str]:
-    return [run.builder.decode(question.reference).strip() for question in questions]
+    found = describe(run.heldout.table, find_questions(run.heldout.table, rows), run.builder)
+    return found["question"], found["reference"]
 
 
 def _tables(run: TrainingRun, model: VisionLanguageModel, likelihoods: np.ndarray, chosen: list[str]) -> Iterator[pa.Table]:
@@ -86,24 +82,15 @@ def _tables(run: TrainingRun, model: VisionLanguageModel, likelihoods: np.ndarra
     heldout, accelerator, builder = run.heldout, run.accelerator, run.builder
     asking = Answering(run.params.evaluate.max_new_tokens, run.params.runtime.eval_batch, run.training.micro_tokens)
     unseen, known = replace(heldout, source=NoFeatures(heldout.source)), dict[bytes, str]()
-    of_source, wording, names = source_names(run.params.data.heldout), Wording(builder), heldout.table.image_names()
+    of_source = source_names(run.params.data.heldout)
     cider = Cider([text] for text in _every_reference(run)) if "cider" in chosen else None
     first = 0
     for rows in row_windows(len(heldout.table)):
         questions = find_questions(heldout.table, rows)
         answers = answer_questions(model, heldout, accelerator, builder, asking, questions)
         blind = answer_questions(model, unseen, accelerator, builder, replace(asking, blind=True), questions, known)
-        where = [heldout.table.where(question.row) for question in questions]
-        columns: dict[str, Any] = {
-            "where": where,
-            "source": [of_source(place) for place in where],
-            "turn": [question.turn for question in questions],
-            "images": [names.slice(question.slots.start, len(question.slots)).to_pylist() for question in questions],
-            "question": [wording(question) for question in questions],
-            "reference": _references(run, questions),
-            "answer": [text.strip() for text in answers],
-            "blind": [text.strip() for text in blind],
-        }
+        columns = describe(heldout.table, questions, builder) | {"answer": answers, "blind": blind}
+        columns["source"] = [of_source(place) for place in columns["where"]]
         choice = None
         if "choice" in chosen:
             offered = [find_options(*pair) for pair in zip(columns["question"], columns["reference"], strict=True)]
@@ -120,7 +107,7 @@ def _tables(run: TrainingRun, model: VisionLanguageModel, likelihoods: np.ndarra
 
 def _every_reference(run: TrainingRun) -> Iterator[str]:
     for rows in row_windows(len(run.heldout.table)):
-        yield from _references(run, find_questions(run.heldout.table, rows))
+        yield from references_of(find_questions(run.heldout.table, rows), run.builder)
 
 
 def _tell(name: str, found: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.vlm.evaluation import Answering, Question, Wording, answer_alike, find_questions
+from pipeline.vlm.evaluation import Answering, Question, answer_alike, describe, find_questions
 from pipeline.vlm.model import VisionLanguageModel, gathered
 from pipeline.vlm.training.assembly import TrainingRun
 
@@ -27,16 +27,7 @@ def sample_answers(run: TrainingRun, questions: list[Question]) -> Callable[[Vis
     return answer
 
 
-def describe(run: TrainingRun, questions: list[Question]) -> list[dict[str, Any]]:
+def tell_questions(run: TrainingRun, questions: list[Question]) -> list[dict[str, Any]]:
     """What is asked, for whoever reads the answers."""
-    table, wording = run.heldout.table, Wording(run.builder)
-    names = table.image_names()
-    return [
-        {
-            "where": table.where(question.row),
-            "images": names.slice(question.slots.start, len(question.slots)).to_pylist(),
-            "question": wording(question),
-            "reference": run.builder.decode(question.reference).strip(),
-        }
-        for question in questions
-    ]
+    columns = describe(run.heldout.table, questions, run.builder)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -24,7 +24,7 @@ from pipeline.vlm.training.divergence import has_diverged
 from pipeline.vlm.training.loop import train
 from pipeline.vlm.training.measuring import measure_answers
 from pipeline.vlm.training.parts import projector_shape
-from pipeline.vlm.training.samples import describe, sample_answers, sample_questions
+from pipeline.vlm.training.samples import sample_answers, sample_questions, tell_questions
 from pipeline.vlm.training.state import TrainingState, locks
 from pipeline.vlm.training.tracking import Log, tracked
 
@@ -178,4 +178,4 @@ def _write_curves(run: TrainingRun, history: History, measured: Heldout | None) 
         writer.writerows(history)
     write_losses(results / "heldout.csv", measured.rows if measured else [])
     if measured:
-        measured.write_answers(results / "samples.json", describe(run, sample_questions(run)))
+        measured.write_answers(results / "samples.json", tell_questions(run, sample_questions(run)))

@@ -74,7 +74,7 @@ def plain_answer(world: World, setting: Setting, number: int, until: int, source
         logits = model.language_model(inputs_embeds=embeddings, use_cache=False).logits[0, -1]
         logits[world.builder.image_id] = -torch.inf  # an answer cannot show a picture
         answer.append(int(logits.argmax()))
-    return world.builder.decode(answer)
+    return world.builder.decode(answer).strip()
 
 
 def answers_of(world: World, setting: Setting, *, known: dict[bytes, str] | None = None, **options: Any) -> list[str]:

@@ -36,11 +36,11 @@ from pipeline.vlm.batches.examples import Examples
 from pipeline.vlm.batches.loader import plan_micro_batches
 from pipeline.vlm.batches.schedule import Execution
 from pipeline.vlm.batches.sharing import find_sharing
-from pipeline.vlm.evaluation.answering import Answering, answer_questions
+from pipeline.vlm.evaluation.answering import Answering, answer_alike, answer_questions
 from pipeline.vlm.evaluation.heldout import Heldout
 from pipeline.vlm.evaluation.loss import heldout_loss
 from pipeline.vlm.evaluation.questions import find_questions
-from pipeline.vlm.model.sharding import gather_weights
+from pipeline.vlm.model.sharding import gather_weights, gathered
 from pipeline.vlm.model.vlm import VisionLanguageModel
 from pipeline.vlm.training.callbacks import Callbacks
 from pipeline.vlm.training.loop import train
@@ -103,7 +103,13 @@ def run(world: World, mixture: Path, case: Case) -> Outcome:
         """Row by row: eleven, so one process has a pass more."""
         return heldout_loss(model, examples, accelerator, micro_tokens=1, even=sharded)
 
-    measured = Heldout(measure, every=4)
+    asking, asked = Answering(max_new_tokens=4, batch_size=2, tokens=999), find_questions(world.table)
+
+    def answer(model: VisionLanguageModel) -> list[str]:
+        with gathered(model):
+            return answer_alike(model, examples, accelerator, world.builder, asking, asked[:3])
+
+    measured = Heldout(measure, every=4, answer=answer)
     execution, callbacks = Execution(sharded=sharded), Callbacks(heldout=measured)
     history = train(model, examples, SCHEDULE_OF_PIECES, accelerator, execution=execution, callbacks=callbacks)
     if sharded:
@@ -112,8 +118,8 @@ def run(world: World, mixture: Path, case: Case) -> Outcome:
     heldout = heldout_loss(model, examples, accelerator, micro_tokens=70)
     assert [row["step"] for row in measured.rows] == [3, 5]
     assert measured.rows[-1]["loss"] == pytest.approx(heldout, rel=1e-6)
-    asking = Answering(max_new_tokens=4, batch_size=2, tokens=999)
-    answers = answer_questions(model, examples, accelerator, world.builder, asking, find_questions(world.table))
+    answers = answer_questions(model, examples, accelerator, world.builder, asking, asked)
+    assert measured.rows[-1]["answers"] == answers[:3]
     return Outcome(history, heldout, answers, {name: t.detach().clone() for name, t in model.state_dict().items()})
 
 
