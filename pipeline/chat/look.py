@@ -83,12 +83,12 @@ def look_back(assistant: "Assistant", turns: Sequence["Turn"], files: Sequence[b
         return saliency.look_back(assistant.model, encoder, assistant.builder, turns, shown, methods, tower=tower)
 
 
-def sheet_of(assistant: "Assistant", files: Sequence[bytes], seen: "Seen") -> "Image.Image":
-    """All maps drawn over the pictures."""
+def sheet_of(assistant: "Assistant", files: Sequence[bytes], seen: "Seen", *, across: int = 6) -> "Image.Image":
+    """All maps drawn over the pictures, so many cells side by side."""
     from pipeline.records import decode
     from pipeline.saliency import METHODS, draw_sheet, find_box
 
     pictures = [decode(data, where=f"picture {number}") for number, data in enumerate(files, 1)]
     boxes = [find_box(assistant.encoder.preprocess, picture.size) for picture in pictures]
     lines = [(f"{maps.method}: {METHODS[maps.method]}", maps.heat[:DRAWN]) for maps in seen.maps]
-    return draw_sheet(pictures, boxes, seen.words[:DRAWN], lines)
+    return draw_sheet(pictures, boxes, seen.words[:DRAWN], lines, across=across)

@@ -7,6 +7,8 @@ from typing import Any
 from pipeline.chat.assistant import Sampling
 from pipeline.chat.paths import SUFFIXES
 from pipeline.chat.visitors import Exchange, Visitor, Visitors
+from pipeline.core import as_line
+from pipeline.saliency import GRADIENT, METHODS
 
 QUEUE = 32  # people who may wait for an answer; one more is told so
 SAMPLES = Path("data/samples")
@@ -68,6 +70,14 @@ def build(gradio: Any, visitors: Visitors, sampling: Sampling) -> Any:
                 rows = [[{"text": asked, "files": [str(SAMPLES / name)]}] for name, asked in EXAMPLES if (SAMPLES / name).is_file()]
                 if rows:
                     gradio.Examples(rows, [box], label="Examples fill the box", elem_id="examples", api_visibility="private")
+                with gradio.Accordion("Where did it look?", open=False, elem_id="looked"):
+                    by = gradio.Radio(list(METHODS), value=GRADIENT, show_label=False, label="By")
+                    draw = gradio.Button("Draw for the last answer", size="sm", elem_id="draw")
+                    said = gradio.Markdown(elem_id="said")
+                    sheet = gradio.Image(
+                        type="filepath", show_label=False, label="Looked at", interactive=False, visible=False,
+                        buttons=["fullscreen", "download"], elem_id="sheet",
+                    )  # fmt: skip
                 with gradio.Accordion("Settings", open=False, elem_id="settings"):
                     model = gradio.Dropdown(names, value=names[0], label="Model (another one begins a new topic)", filterable=False)
                     longest = gradio.Slider(
@@ -120,6 +130,13 @@ def build(gradio: Any, visitors: Visitors, sampling: Sampling) -> Any:
             visitor.forget()
             return view(visitor, busy=False)
 
+        def look_back(method: str, request: gradio.Request) -> list[Any]:
+            try:
+                made = visitors.look_back(visitors.get(request.session_hash), method)
+            except Exception as error:
+                return [f"⚠ {as_line(error).line()}", gradio.update(visible=False)]
+            return [METHODS[method].capitalize(), gradio.update(value=str(made), visible=True)]
+
         def halt(request: gradio.Request) -> None:
             visitors.get(request.session_hash).stop.set()
 
@@ -130,6 +147,7 @@ def build(gradio: Any, visitors: Visitors, sampling: Sampling) -> Any:
         turns = {"concurrency_id": "answers", "concurrency_limit": 1, **hidden}
         box.submit(ask, [box, *settings], [box, *parts], **turns)
         retry.click(again, settings, parts, **turns)
+        draw.click(look_back, [by], [said, sheet], **turns | {"show_progress": "full"})
         stop.click(halt, queue=False, **hidden)
         gradio.on([new.click, talk.clear], forget, None, parts, queue=False, **hidden)
         page.unload(leave)

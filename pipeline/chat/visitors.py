@@ -1,5 +1,6 @@
 """Who is on the page: a talk of its own for each, the model that it is with, and the files that it brought."""
 
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from pipeline.chat.assistant import Assistant, Conversation, Sampling
+from pipeline.chat.look import look_back, sheet_of
+from pipeline.chat.paths import read_picture
 from pipeline.core import PipelineError, as_line
 from pipeline.records import Turn
 
@@ -127,6 +130,21 @@ class Visitors:
             exchange.answer, exchange.failed = as_line(error).line(), True
         exchange.answer, exchange.ended = exchange.answer.strip(), True
         yield
+
+    def look_back(self, visitor: Visitor, method: str) -> Path:
+        """A picture of what the words of the last answer came from; raises `PipelineError` where there is none to look back at."""
+        if not visitor.exchanges or not visitor.exchanges[-1].ended or visitor.exchanges[-1].failed:
+            raise PipelineError("no answer yet", remedy="show a picture and ask")
+        assistant = self.models.get(visitor.model)
+        talk = _conversation(visitor, assistant)
+        talk.turns.append(Turn("assistant", (visitor.exchanges[-1].answer or " ",)))
+        paths = [path for exchange in visitor.exchanges if not exchange.failed for path in exchange.pictures]
+        files = [read_picture(Path(path), name=Path(path).name) for path in paths]
+        seen = look_back(assistant, talk.turns, files, [method])
+        made = self._folder / f"looked-{secrets.token_hex(8)}.png"
+        visitor.files.add(str(made))
+        sheet_of(assistant, files, seen, across=3).save(made)  # the page has a narrow place for it
+        return made
 
 
 def _conversation(visitor: Visitor, assistant: Assistant) -> Conversation:

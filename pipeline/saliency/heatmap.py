@@ -8,7 +8,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pipeline.saliency.placement import Box
 
 CELL, GAP, LINE, LETTERS = 208, 10, 20, 13  # pixels: side of a cell, between cells, of a line of text, of its letters
-ACROSS = 6  # cells side by side
 COLD, WARM, HOT = "#2a1a8a", "#e0405a", "#ffe14d"
 INK, PAPER, UNSEEN = "#1d232b", "#ffffff", (120, 120, 120, 170)
 STRONG = 225  # of 255: how much a patch of the most heat covers the picture
@@ -23,18 +22,24 @@ def heat_layer(heat: np.ndarray, most: float) -> Image.Image:
 
 
 def draw_sheet(
-    pictures: Sequence[Image.Image], boxes: Sequence[Box], words: Sequence[str], lines: Sequence[tuple[str, np.ndarray]]
+    pictures: Sequence[Image.Image],
+    boxes: Sequence[Box],
+    words: Sequence[str],
+    lines: Sequence[tuple[str, np.ndarray]],
+    *,
+    across: int = 6,
 ) -> Image.Image:
     """All of an answer's maps.
 
     Args:
         pictures: as they were shown; boxes: what of each the model sees, the rest is greyed.
         lines: what each method is called, and its heat [W, S, grid, grid]; colours are scaled to a word's hottest patch.
+        across: cells side by side, at least two: the picture itself and a word.
     """
     small = [_fitted(picture) for picture in pictures]
     font = ImageFont.load_default(LETTERS)
-    columns = min(ACROSS, len(words) + 1)
-    bands = [range(start, min(start + columns - 1, len(words))) for start in range(0, len(words), max(1, columns - 1))]
+    columns = min(across, len(words) + 1)
+    bands = [range(start, min(start + columns - 1, len(words))) for start in range(0, len(words), columns - 1)]
     tall = [picture.height + LINE for picture in small]
     height = len(lines) * len(bands) * (sum(tall) + LINE + GAP) + GAP
     sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, height), PAPER)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import World
+from PIL import Image
 from test_chat import trained  # noqa: F401
 
 from pipeline.chat import visitors as module
@@ -186,6 +187,22 @@ def test_files_go_with_the_page_that_brought_them(
     page.leave("b")
     assert not ours.exists()
     assert page.get("a").exchanges == []
+
+
+def test_the_last_answer_is_looked_back_at_and_its_picture_goes_with_the_page(page: Visitors, world: World) -> None:
+    visitor = page.get("one")
+    with pytest.raises(PipelineError, match="no answer yet"):
+        page.look_back(visitor, "gradient")
+    ask(page, "one", "What is this?", world.folder / "images/0.png")
+    ask(page, "one", "And of these?", world.folder / "images/1.png")
+    made = page.look_back(visitor, "rollout")
+    with Image.open(made) as sheet:
+        assert sheet.height > 2 * 160  # a line for each of the two pictures
+    page.leave("one")
+    assert not made.exists()
+    ask(page, "two", "What is this?")
+    with pytest.raises(PipelineError, match="no picture was shown"):
+        page.look_back(page.get("two"), "gradient")
 
 
 def test_another_model_begins_a_new_topic_and_only_offered_ones_load(page: Visitors, trained: Path) -> None:

@@ -107,6 +107,23 @@ def plain(text: str) -> str:
     return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 
+def test_where_it_looked_is_drawn_and_gone_with_the_page(browser: Any, served: Served, world: World) -> None:
+    page = open_page(browser, served)
+    page.click("#looked button")
+    page.click("#draw")
+    page.wait_for_function("document.querySelector('#said').innerText.includes('no answer yet')")
+    bring(page, world.folder / "images/0.png")
+    ask(page, "What is this?")
+    page.click("#draw")
+    page.wait_for_function("document.querySelector('#sheet img')?.naturalWidth > 300")
+    assert "Pixels" in page.locator("#said").inner_text()
+    page.close()
+    deadline = time.monotonic() + 30
+    while list(served.folder.rglob("looked-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not list(served.folder.rglob("looked-*"))
+
+
 def test_a_picture_is_shown_asked_about_and_answered_again(browser: Any, served: Served, world: World) -> None:
     page = open_page(browser, served)
     assert page.title() == "Glance"
