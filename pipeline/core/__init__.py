@@ -5,7 +5,7 @@ Nothing comes in but the operating system and torch. What needs torch is importe
 """
 
 from pipeline.core.checksums import file_digests, is_signed, record, seal, sign, to_json, unseal, verify
-from pipeline.core.disk import best_effort, reserve, set_mode, sync
+from pipeline.core.disk import best_effort, map_array, map_arrow, map_tensors, reserve, set_mode, sync
 from pipeline.core.errors import (
     ARTEFACT,
     BAD_ROWS,
@@ -74,6 +74,9 @@ __all__ = [
     "machine",
     "main_checkout",
     "make_folder",
+    "map_array",
+    "map_arrow",
+    "map_tensors",
     "merged_tokens",
     "named_by",
     "patience",

@@ -8,17 +8,24 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.core.errors import final_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import torch
 
 REFUSALS = {
     errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOLCK,
     errno.ENODEV, errno.EBADF, errno.EISDIR, errno.EXDEV,
 }  # fmt: skip
 _told = set[str]()
+T = TypeVar("T")
 
 
 @contextmanager
@@ -36,7 +43,7 @@ def tell(deed: str, place: Path | str, error: OSError) -> None:
     """One line of warning, once a process for each deed."""
     if deed not in _told:
         _told.add(deed)
-        line = f"warning: {place}: this file system does not {deed} ({error.strerror}); going on without"
+        line = f"warning: {place}: this file system does not {deed} ({error.strerror or error}); going on without"
         print(final_name(line), file=sys.stderr, flush=True)
 
 
@@ -94,3 +101,34 @@ def replace(temporary: Path, path: Path) -> None:
     elif aside:
         aside.unlink()
     tell("rename over what is there", path, refusal)
+
+
+def map_arrow(path: Path | str) -> "pa.NativeFile":
+    """An Arrow file mapped into memory, or read where the file system maps none. Raises `OSError`."""
+    import pyarrow as pa
+
+    return _mapped(path, lambda: pa.memory_map(str(path)), lambda: pa.OSFile(str(path)))
+
+
+def map_array(path: Path) -> "np.ndarray":
+    """A NumPy file, likewise. Raises `OSError` and ValueError."""
+    import numpy as np
+
+    return _mapped(path, lambda: np.load(path, mmap_mode="r"), lambda: np.load(path))
+
+
+def map_tensors(path: Path) -> "dict[str, torch.Tensor]":
+    """The tensors of a safetensors file, likewise. Raises `OSError` and `SafetensorError`."""
+    from safetensors.torch import load, load_file
+
+    return _mapped(path, lambda: load_file(path), lambda: load(path.read_bytes()))
+
+
+def _mapped(path: Path | str, mapped: Callable[[], T], read: Callable[[], T]) -> T:
+    """What `mapped` gives, or `read` where the former is refused: libraries do not pass on for which reason that was."""
+    try:
+        return mapped()
+    except OSError as error:
+        found = read()  # what is not there, or cannot be read, is not here either
+        tell("map files into memory", path, error)
+        return found

@@ -25,6 +25,7 @@ from pipeline.params import Dataset
 from pipeline.records import ImageSlot, Record, Turn, decode, digest, measured_rows, open_dataset
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
+LIMIT = 7200  # seconds for stock Transformers, which renders the chat template without this pipeline's limits
 SCAN = 10_000  # rows looked through for pictures not shown before
 
 
@@ -173,7 +174,10 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _run(export: Path, work: Path) -> None:
     command = [sys.executable, "-m", "pipeline.export.check", str(export), str(work)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        raise _refuse(f"stock Transformers has not come to an end of it in {LIMIT:,} seconds") from None
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()]
         raise _refuse(f"stock Transformers cannot run it: {last[-1] if last else f'exit code {done.returncode}'}")

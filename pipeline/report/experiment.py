@@ -78,8 +78,9 @@ class Experiment:
     def _lists(self, path: str) -> bool:
         try:
             return bool(self._files is not None and self._files.exists(path))
-        except Exception:
-            return False
+        except Exception as error:  # DVC's own are many
+            what = f"cannot be looked up: {brief(error)}"
+            raise PipelineError(what, where=f"{path} of {self.name}", remedy=self._remedy(), code=ARTEFACT) from None
 
     def _remedy(self) -> str:
         return "dvc repro" if self._files is None else f"dvc exp apply {self.name} && dvc repro, or dvc fetch"

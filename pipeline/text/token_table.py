@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.core import ARTEFACT, PipelineError, brief, publish, record, verify, writing
+from pipeline.core import ARTEFACT, PipelineError, brief, map_arrow, publish, record, verify, writing
 from pipeline.text.spread import spread_rows
 
 REMEDY = "dvc repro -f -s tokenize"
@@ -100,7 +100,7 @@ class TokenTable:
         self.path = Path(path)
         self.digest = self._verified()
         try:
-            with pa.memory_map(str(path)) as source:
+            with map_arrow(path) as source:
                 reader = pa.ipc.open_file(source)
                 self.spec: dict[str, Any] = json.loads(reader.schema.metadata[b"spec"])
                 table = reader.read_all()

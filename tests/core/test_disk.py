@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from conftest import CPU
+from safetensors.torch import save_file
 
-from pipeline.core import disk, publish, publish_folder, remove_leftovers, write_json
+from pipeline.core import disk, map_array, map_arrow, map_tensors, publish, publish_folder, remove_leftovers, write_json
 from pipeline.core.errors import PipelineError
 from pipeline.features.distinct import distinct_images
 from pipeline.features.encoder.encoder import Encoder
@@ -159,3 +162,25 @@ def test_features_are_the_same_where_nothing_can_be_linked_locked_or_mapped(
     said = {line.partition("does not ")[2].partition(" (")[0] for line in lines}
     assert said == {"sync files", "sync folders", "change permissions", "reserve room ahead", "map files into memory"}
     assert len(lines) == len(said)
+
+
+@pytest.mark.parametrize("code", [errno.ENODEV, errno.EACCES])
+def test_what_is_mapped_is_read_where_nothing_can_be_mapped(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrow, array, tensors = tmp_path / "a.arrow", tmp_path / "a.npy", tmp_path / "a.safetensors"
+    table = pa.table({"a": [1, 2, 3]})
+    with pa.ipc.new_file(arrow, table.schema) as file:
+        file.write_table(table)
+    np.save(array, np.arange(5))
+    save_file({"a": torch.arange(7)}, tensors)
+    monkeypatch.setattr(pa, "memory_map", refusing(code))
+    monkeypatch.setattr(mmap, "mmap", refusing(code))
+    monkeypatch.setattr("safetensors.torch.load_file", refusing(code))
+    assert pa.ipc.open_file(map_arrow(arrow)).read_all() == table
+    assert map_array(array).tolist() == [0, 1, 2, 3, 4]
+    assert map_tensors(tensors)["a"].tolist() == list(range(7))
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    for read in (map_arrow, map_array, map_tensors):
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "none")

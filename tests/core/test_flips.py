@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROWS, World
+from flips import unnoticed
 from test_checkpoint import manifest_of
 
-from benchmarks.flips import unnoticed
 from pipeline.core.errors import ARTEFACT, PipelineError
 from pipeline.core.files import publish_folder
 from pipeline.export.marker import read_marker, write_marker

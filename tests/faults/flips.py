@@ -1,8 +1,12 @@
-"""Artefacts of every kind with a bit flipped, or cut off: each is opened as its reader opens it, which must name the file."""
+"""Single bits flipped and ends cut off in a folder of ours: is it noticed, and is the file named?
+
+`unnoticed` changes one file after the other, opens the folder the way its reader does, and puts the file back. `READERS` says how
+what `writers` leaves is opened. Bits of every part of a shard: `benchmarks/damage.py`.
+"""
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -15,6 +19,57 @@ from pipeline.core import PipelineError, verify
 from pipeline.features.store.store import FeatureStore
 from pipeline.text.token_table import TokenTable
 from pipeline.vlm.model import checkpoint
+
+Change = Callable[[bytes], bytes]
+
+
+def changes(folder: Path, flips: int, cuts: int, seed: int) -> Iterator[tuple[str, str, Change]]:
+    """File, what happens to it, and how: bits and places drawn over all bytes of the folder, but no cut that cuts nothing."""
+    rng = random.Random(seed)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    sizes = [path.stat().st_size for path in files]
+    for number in range(flips + cuts):
+        # small files have their turn as well as large ones
+        file = rng.choice(files) if number % 2 else rng.choices(files, sizes)[0]
+        name, place = str(file.relative_to(folder)), rng.randrange(file.stat().st_size)
+        if number < flips:
+            mask = 1 << rng.randrange(8)
+            yield name, f"bit {mask:#x} of byte {place}", lambda data, place=place, mask=mask: _flipped(data, place, mask)
+        else:
+            yield name, f"cut at {place}", lambda data, place=place: data[:place]
+
+
+def _flipped(data: bytes, place: int, mask: int) -> bytes:
+    changed = bytearray(data)
+    changed[place] ^= mask
+    return bytes(changed)
+
+
+def trial(folder: Path, name: str, change: Change, opened: Callable[[Path], object]) -> str:
+    """What is wrong with how the change was noticed; nothing where it was, in one line that names the file."""
+    path = folder / name
+    data = path.read_bytes()
+    path.write_bytes(change(data))
+    try:
+        opened(folder)
+    except PipelineError as error:
+        line = error.line()
+        return "" if path.name in line and "\n" not in line else f"not named: {line}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        path.write_bytes(data)
+    return "not noticed"
+
+
+def unnoticed(folder: Path, opened: Callable[[Path], object], *, flips: int, cuts: int, seed: int = 0) -> list[str]:
+    """The changes that went wrong, each with its file; `opened` must accept the folder as it is."""
+    opened(folder)
+    return [
+        f"{name}: {what}: {problem}"
+        for name, what, change in changes(folder, flips, cuts, seed)
+        if (problem := trial(folder, name, change, opened))
+    ]
 
 
 def _features(folder: Path) -> None:
@@ -41,41 +96,11 @@ READERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-class Artefact:
-    """What a writer has written, to be damaged one way after the other; counts what is found by name."""
-
-    def __init__(self, kind: str, folder: Path) -> None:
-        self.kind, self.folder = kind, folder
-        writers.write(kind, folder)
-        shutil.rmtree(folder / "store", ignore_errors=True)  # its links would be damaged too, and nobody reads it here
-        self.files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "rejected.csv"]
-        self.whole = {path: path.read_bytes() for path in self.files}
-        for path in self.files:
-            path.chmod(0o644)
-        READERS[kind](folder)
-
-    def flip(self, rng: random.Random) -> str:
-        """Flip a bit, of any file; returns what is wrong with the answer, or nothing."""
-        path = rng.choice(self.files)
-        data, bit = bytearray(self.whole[path]), rng.randrange(8 * len(self.whole[path]))
-        data[bit // 8] ^= 1 << bit % 8
-        return self._try(path, bytes(data), f"bit {bit}")
-
-    def cut(self, rng: random.Random) -> str:
-        """Cut a file off, anywhere."""
-        path = rng.choice(self.files)
-        size = rng.randrange(len(self.whole[path]))
-        return self._try(path, self.whole[path][:size], f"cut at {size}")
-
-    def _try(self, path: Path, data: bytes, what: str) -> str:
-        path.write_bytes(data)
-        try:
-            READERS[self.kind](self.folder)
-        except PipelineError as error:
-            line = error.line()
-            return "" if path.name in line and "\n" not in line else f"{what} of {path.name}: told as {line}"
-        except Exception as error:
-            return f"{what} of {path.name}: {type(error).__name__}"
-        finally:
-            path.write_bytes(self.whole[path])
-        return f"{what} of {path.name}: not noticed"
+def artefact(kind: str, folder: Path) -> Path:
+    """What a writer leaves, to be damaged: without what nobody verifies, and with no name that another file shares."""
+    writers.write(kind, folder)
+    shutil.rmtree(folder / "store", ignore_errors=True)
+    (folder / "rejected.csv").unlink(missing_ok=True)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return folder

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
+import guarantees
 import sections
 import torch
 import typer
@@ -81,6 +82,8 @@ def main(
             for number in tqdm(range(progress.done, section.trials), desc=name, mininterval=10, file=sys.stdout):
                 progress.add(section.trial(number))
             progress.write()
+            if results == guarantees.FIGURES:
+                guarantees.write()
             print(name, json.loads(results.read_text(encoding="utf-8"))["sections"][name], flush=True)
 
 

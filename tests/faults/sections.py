@@ -124,21 +124,18 @@ def power(scratch: Path, _: Path, amount: int, seed: int) -> Section:
 
 def flip(scratch: Path, _: Path, amount: int, seed: int) -> Section:
     writers.prepare()
-    artefacts = []
     for kind in flips.READERS:
         (scratch / kind).mkdir()
-        artefacts.append(flips.Artefact(kind, scratch / kind))
-    batches = -(-(amount or 3200) // BATCH)
+    folders = {kind: flips.artefact(kind, scratch / kind) for kind in flips.READERS}
+    kinds, cuts = list(folders), BATCH // 16
 
     def trial(number: int) -> Found:
-        artefact, rng = artefacts[number % len(artefacts)], random.Random(f"{seed}, {number}")
-        found = [artefact.cut(rng) if each % 16 == 0 else artefact.flip(rng) for each in range(BATCH)]
-        problems = [f"{artefact.kind}: {problem}" for problem in found if problem]
-        return Found(
-            {"bitflips_detected": BATCH - len(problems), "bitflips_total": BATCH}, problems, {"bitflips_kinds": len(artefacts)}
-        )
+        kind = kinds[number % len(kinds)]
+        problems = flips.unnoticed(folders[kind], flips.READERS[kind], flips=BATCH - cuts, cuts=cuts, seed=seed + number)
+        figures = {"bitflips_detected": BATCH - len(problems), "bitflips_total": BATCH}
+        return Found(figures, [f"{kind}: {problem}" for problem in problems], {"bitflips_kinds": len(kinds)})
 
-    return Section(batches * len(artefacts), trial)
+    return Section(-(-(amount or 3400) // BATCH) * len(kinds), trial)
 
 
 def fuzzing(scratch: Path, _: Path, amount: int, seed: int) -> Section:

@@ -1,12 +1,14 @@
 """The fast part of `make faults`: every writer struck at some of its calls, damaged, and left by a loss of power."""
 
 import errno
+import json
 import random
 from functools import partial
 from pathlib import Path
 
 import flips
 import fuzz
+import guarantees
 import guards
 import powerloss
 import pytest
@@ -33,9 +35,7 @@ def test_a_loss_of_power_leaves_nothing_torn_and_nothing_published_is_lost(kind:
 
 @pytest.mark.parametrize("kind", writers.STEPS)
 def test_a_bit_or_a_cut_anywhere_is_told_by_the_file(kind: str, tmp_path: Path) -> None:
-    artefact, rng = flips.Artefact(kind, tmp_path), random.Random(0)
-    assert [problem for _ in range(60) if (problem := artefact.flip(rng))] == []
-    assert [problem for _ in range(10) if (problem := artefact.cut(rng))] == []
+    assert flips.unnoticed(flips.artefact(kind, tmp_path), flips.READERS[kind], flips=60, cuts=10) == []
 
 
 @pytest.mark.parametrize("kind", writers.STEPS)
@@ -77,3 +77,8 @@ def test_the_guards_that_are_taken_out_are_there() -> None:
     assert len(guards.GUARDS) >= 30
     assert [guard for guard in guards.GUARDS if guard.text not in (ROOT / guard.file).read_text(encoding="utf-8")] == []
     assert [guard for guard in guards.GUARDS if not (ROOT / guard.tests.split()[0]).exists()] == []
+
+
+def test_the_page_of_guarantees_has_the_figures_of_the_file() -> None:
+    text = guarantees.PAGE.read_text(encoding="utf-8")
+    assert guarantees.page(json.loads(guarantees.FIGURES.read_text(encoding="utf-8")), text) == text

@@ -123,3 +123,17 @@ def test_a_large_file_shows_no_more_than_its_worst_and_counts_all(results: Resul
     assert sum(map(sum, answers.confusion().counts)) == 30_000
     assert [row["where"] for row in answers.rows([29_999, 3])] == ["data/rows.jsonl:30000", "data/rows.jsonl:4"]
     assert len([tag for tag, _ in page_of().tags if tag == "img"]) <= PICTURES
+
+
+def test_a_revision_that_cannot_be_looked_into_is_one_line() -> None:
+    class Broken:
+        def open(self, *_: object) -> None:
+            raise FileNotFoundError
+
+        def exists(self, _: str) -> bool:
+            raise OSError("object 12ab is corrupt")
+
+    run = Experiment()
+    run.name, run._files = "abc", Broken()
+    with pytest.raises(PipelineError, match=r"metrics/sft\.json of abc: cannot be looked up: object 12ab is corrupt"):
+        run.json("metrics/sft.json")

@@ -158,9 +158,9 @@ def _blocks(file: Path, count: int, rows: RowFormat) -> Iterator[np.ndarray]:
     """The first rows of a file that `_fill` has not sealed, a block at a time."""
     with h5py.File(file, "r", locking=False) as opened:
         offset = opened["features"].id.get_offset()
-    stored = np.memmap(file, rows.dtype, "r", offset, (count, *rows.shape))
     for start in range(0, count, 256):
-        yield stored[start : start + 256]
+        block, place = min(256, count - start), offset + start * row_bytes(rows)
+        yield np.fromfile(file, rows.dtype, block * int(np.prod(rows.shape)), offset=place).reshape(-1, *rows.shape)
 
 
 def _digest(path: Path, place: bytes) -> bytes:

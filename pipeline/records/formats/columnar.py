@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core import PipelineError, brief
+from pipeline.core import PipelineError, brief, map_arrow
 from pipeline.records.formats.row import BadRow, Row
 from pipeline.records.images import ImageError
 
@@ -163,12 +163,12 @@ class Arrow:
 
     def __init__(self, file: str, wanted: Callable[[str], bool]) -> None:
         self.file, self._wanted = file, wanted
-        self._open: tuple[int, pa.MemoryMappedFile, Any, list[int], list[int]] | None = None
+        self._open: tuple[int, pa.NativeFile, Any, list[int], list[int]] | None = None
         self._last: tuple[int, pa.RecordBatch] = -1, None  # a batch found sound: checking costs as much as it has rows
 
-    def _start(self) -> tuple[pa.MemoryMappedFile, Any]:
+    def _start(self) -> tuple[pa.NativeFile, Any]:
         try:
-            mapped = pa.memory_map(self.file)
+            mapped = map_arrow(self.file)
             stream = mapped.read(6) != b"ARROW1"
             mapped.seek(0)
             reader = pa.ipc.open_stream(mapped) if stream else pa.ipc.open_file(mapped)
@@ -209,14 +209,14 @@ class Arrow:
             yield from _values(batch, self.file, done)
             done += batch.num_rows
 
-    def _closed(self, mapped: pa.MemoryMappedFile) -> bool:
+    def _closed(self, mapped: pa.NativeFile) -> bool:
         place = mapped.tell()
         mapped.seek(mapped.size() - len(_END))
         closed = mapped.read(len(_END)) == _END
         mapped.seek(place)
         return bool(closed)
 
-    def _index(self) -> tuple[pa.MemoryMappedFile, Any, list[int], list[int]]:
+    def _index(self) -> tuple[pa.NativeFile, Any, list[int], list[int]]:
         """The open file, its reader, offset of each record batch (streams only) and first row of each, and the end."""
         if self._open is None or self._open[0] != os.getpid():
             mapped, reader = self._start()
@@ -251,7 +251,7 @@ class Arrow:
         except _ERRORS as error:
             raise ImageError(f"damaged: {brief(error)}", where=where) from None
 
-    def _batch(self, mapped: pa.MemoryMappedFile, reader: Any, offsets: list[int], number: int) -> pa.RecordBatch:
+    def _batch(self, mapped: pa.NativeFile, reader: Any, offsets: list[int], number: int) -> pa.RecordBatch:
         if not offsets:
             return reader.get_batch(number)
         mapped.seek(offsets[number])

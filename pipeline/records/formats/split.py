@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.core import ARTEFACT, PipelineError, brief
+from pipeline.core import ARTEFACT, PipelineError, brief, map_array
 from pipeline.records.decoder import decode
 from pipeline.records.formats.row import BadRow, bad_record
 from pipeline.records.formats.source import draw
@@ -33,7 +33,7 @@ class GoodImages:
             with path.open("rb") as file:
                 if file.read(8) != b"\x93NUMPY\1\0":  # what np.save writes; a later version may have a header of gigabytes
                     raise ValueError("not a table that this program has written")
-            self._hashes = np.load(path, mmap_mode="r")
+            self._hashes = map_array(path)
             if self._hashes.dtype != np.uint8 or self._hashes.shape[1:] != (32,):
                 raise ValueError(f"{self._hashes.dtype} {self._hashes.shape}, expected hashes")
         except Exception as error:  # a header is a Python literal, and raises what Python's parser does

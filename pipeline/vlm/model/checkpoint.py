@@ -17,9 +17,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from pipeline.core import ARTEFACT, PipelineError, brief, is_signed, named_by, publish_folder, set_mode, to_json, verify, writing
+from pipeline.core import (
+    ARTEFACT,
+    PipelineError,
+    brief,
+    is_signed,
+    map_tensors,
+    named_by,
+    publish_folder,
+    set_mode,
+    to_json,
+    verify,
+    writing,
+)
 from pipeline.text import PromptBuilder
 from pipeline.vlm.model.language_model import language_model_files, load_language_model
 from pipeline.vlm.model.projector import build_projector
@@ -170,7 +182,7 @@ def load_projector(projector: torch.nn.Module, folder: str | Path) -> None:
     """Projector weights into `projector`; every tensor must be there with its shape."""
     path = Path(folder) / "projector.safetensors"
     try:
-        projector.load_state_dict(load_file(path), strict=True)
+        projector.load_state_dict(map_tensors(path), strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise PipelineError(
             f"does not fit the projector in params: {brief(error)}", where=str(path), remedy="dvc repro pretrain", code=ARTEFACT

@@ -15,9 +15,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from pipeline.core import ARTEFACT, PipelineError, brief, fingerprint, is_held, main_checkout, publish_folder, verify, writing
+from pipeline.core import (
+    ARTEFACT,
+    PipelineError,
+    brief,
+    fingerprint,
+    is_held,
+    main_checkout,
+    map_tensors,
+    publish_folder,
+    verify,
+    writing,
+)
 from pipeline.vlm.model import full_tensor, shard_like
 
 DEPENDS = "depends.json"
@@ -96,7 +107,7 @@ class TrainingState:
         for folder in sorted((path for path in self.folder.glob("[0-9]*") if path.is_dir()), reverse=True):
             try:
                 verify(folder, remedy="")
-                tensors = load_file(folder / "state.safetensors")
+                tensors = map_tensors(folder / "state.safetensors")
                 notes = json.loads((folder / "state.json").read_text(encoding="utf-8"))
                 if len(notes["history"]) != int(folder.name):
                     raise ValueError(f"holds the state after {len(notes['history'])} steps")
@@ -122,7 +133,7 @@ class TrainingState:
         path = self.at(steps) / "state.safetensors"
         try:
             verify(path.parent, remedy=f"remove {self.folder} and run again")
-            _put(model, load_file(path))
+            _put(model, map_tensors(path))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             remedy = f"remove {self.folder} and run again"
             raise PipelineError(
