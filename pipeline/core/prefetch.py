@@ -43,9 +43,9 @@ def result(future: Future[Made], *, where: str = "") -> Made:
 
 
 @contextmanager
-def thread_pool(threads: int, name: str = "") -> Iterator[ThreadPoolExecutor]:
+def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
     """A pool that is left within seconds, whatever its threads hang in: those then go on alone, to no effect."""
-    pool = ThreadPoolExecutor(threads, name)
+    pool = ThreadPoolExecutor(threads)
     try:
         yield pool
     finally:

@@ -42,9 +42,9 @@ from pipeline.records import ImageError
 class Extraction:
     """What a run did: images in the output, encoded in this run, and of these `here`, by this process; bytes on disk.
 
-    `seconds` is what this process spent encoding, of which it `waited`; `decoding` what its workers together spent on reading,
-    decoding and resizing. `good` says of each image that was asked for whether it is in the output, `bad` what is wrong with the
-    others.
+    `seconds` is what this process spent on encoding and writing, of which the encoder `waited`; `decoding` what its workers
+    together spent on reading, decoding and resizing. `good` says of each image that was asked for whether it is in the output,
+    `bad` what is wrong with the others.
     """
 
     images: int

@@ -74,7 +74,7 @@ class StoredFeatures:
     def __init__(self, store: FeatureStore, slots: ImageSlots, device: torch.device = CPU) -> None:
         self._store, self.tokens, self.width, self._device = store, store.tokens, store.width, device
         self._rows = store.locate(slots.image_hashes())
-        self._pool = BufferPool(store.row_format.shape, store.row_format.dtype, pin=device.type == "cuda")
+        self._pool = BufferPool(store.row_format.shape, store.row_format.dtype, device)
         self._copying: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
     def announce(self, slots: np.ndarray) -> None:
@@ -117,7 +117,7 @@ class LiveFeatures:
         self.tokens, self.width = encoder.tokens, encoder.width
         self._names, self._hashes = slots.image_names(), slots.image_hashes()
         self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-        self._pixels_pool = BufferPool((3, *encoder.preprocess.size()), np.dtype(np.uint8), pin=encoder.tower.device.type == "cuda")
+        self._pixels_pool = BufferPool((3, *encoder.preprocess.size()), np.dtype(np.uint8), encoder.tower.device)
         self._room = cache_bytes // (encoder.tokens * encoder.width * 2)
 
     def announce(self, slots: np.ndarray) -> None:

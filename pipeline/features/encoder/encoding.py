@@ -39,10 +39,11 @@ class Transfers:
     """
 
     def __init__(self, device: torch.device, picture: tuple[int, ...], rows: RowFormat) -> None:
-        self._device, on_gpu = device, device.type == "cuda"
-        self._up, self._down = (torch.cuda.Stream(device) if on_gpu else None for _ in range(2))
-        self._pixels = BufferPool(picture, np.dtype(np.uint8), pin=on_gpu)
-        self._rows = BufferPool(rows.shape, rows.dtype, pin=on_gpu)
+        self._device = device
+        self._up, self._down = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
+        self._pixels = BufferPool(picture, np.dtype(np.uint8), device)
+        self._rows = BufferPool(rows.shape, rows.dtype, device)
+        self._finite = BufferPool((), np.dtype(np.uint8), device)
 
     def held(self, pixels: torch.Tensor) -> torch.Tensor:
         """A copy of pixels uint8 [I, *picture] in host memory of its own."""
@@ -63,8 +64,7 @@ class Transfers:
         """Returns at once with what waits for the rows and gives them, or raises as `Encoding.checked` does."""
         if self._down is None:
             return lambda: encoding.checked().cpu()
-        rows, done = self._rows.take(len(encoding.rows)), torch.cuda.Event()
-        finite = torch.empty(len(encoding.rows), dtype=torch.bool, pin_memory=True)
+        rows, finite, done = self._rows.take(len(encoding.rows)), self._finite.take(len(encoding.rows)), torch.cuda.Event()
         self._down.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._down):
             rows.copy_(encoding.rows, non_blocking=True)
@@ -97,7 +97,8 @@ class Clock:
 
     @staticmethod
     def between(first: Moment, second: Moment) -> float:
-        """Seconds; both must have come."""
+        """Seconds; waits for the second."""
         if isinstance(first, float) or isinstance(second, float):
             return float(second) - float(first)  # type: ignore[arg-type]
+        second.synchronize()
         return first.elapsed_time(second) / 1000

@@ -11,6 +11,8 @@ import weakref
 import numpy as np
 import torch
 
+CPU = torch.device("cpu")
+
 
 def page_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array of unspecified content whose memory begins at a page."""
@@ -28,11 +30,11 @@ class BufferPool:
 
     Args:
         shape, dtype: one row's.
-        pin: page-locked memory, which a GPU copies from while it computes.
+        device: where it is a GPU, memory is page-locked for it, which it copies from while it computes.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, *, pin: bool = False) -> None:
-        self._shape, self._dtype, self._pin = shape, dtype, pin
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, device: torch.device = CPU) -> None:
+        self._shape, self._dtype, self._device = shape, dtype, device
         self._free: list[np.ndarray] = []
         self._largest = 0
         self._lock = threading.Lock()
@@ -50,7 +52,8 @@ class BufferPool:
 
     def _allocate(self, count: int) -> np.ndarray:
         size = (count, *self._shape)
-        if not self._pin:
+        if self._device.type != "cuda":
             return page_aligned(size, self._dtype)
         kind = torch.float16 if self._dtype == np.float16 else torch.uint8
-        return torch.empty(size, dtype=kind, pin_memory=True).numpy()
+        with torch.cuda.device(self._device):  # a thread's own is the first, on which all processes would take memory
+            return torch.empty(size, dtype=kind, pin_memory=True).numpy()
