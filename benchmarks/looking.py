@@ -2,7 +2,7 @@
 
 Over held-out pictures of the embedded world, each a shape on a plain ground, with the trained model and with controls that have
 not learnt to look: its projector re-drawn, its encoder re-drawn. The same words are looked back at by all. Writes the figures to
-results/looking.json and the table in docs/evaluation.md. Takes five minutes of one core.
+results/looking.json and the table in docs/evaluation.md. Takes two minutes of one core.
 """
 
 import json
