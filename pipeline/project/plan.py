@@ -13,7 +13,9 @@ from pipeline.records import BadRow, Digests, Record, Split
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 ENOUGH = 1_000  # held-out pictures that say what there is to say
 LEAST = 20  # held-out pictures below which a figure says little
-STEPS = 60  # optimiser steps below which a small data set is gone through more often
+STEPS = 150  # optimiser steps below which a small data set is gone through more often, in smaller batches
+LEAST_EPOCH = 24  # steps of an epoch that such batches are for, down to SMALLEST rows each
+SMALLEST = 4
 MOST_EPOCHS = 20
 FEW_ROWS, SEEDS = 200, 100  # rows that are dealt out by a chosen seed, and how many are tried
 
@@ -127,7 +129,7 @@ def _plan_training(plan: Plan, name: str, report: Report, share: float, training
     """Smaller batches and more epochs where there are few rows; what is there for many stays."""
     rows, batch, epochs = max(1, round(report.good * (1 - share))), int(training["batch_size"]), int(training["epochs"])
     if ceil(rows / batch) * epochs < STEPS:
-        batch = max(4, min(batch, rows // 8))
+        batch = max(min(SMALLEST, batch), min(batch, rows // LEAST_EPOCH))
         epochs = min(MOST_EPOCHS, max(epochs, ceil(STEPS / ceil(rows / batch))))
         plan.sections[name] = {"batch_size": batch, "epochs": epochs}
         plan.reasons.append(f"{name}: {rows:,} rows are few, so {epochs} times over in batches of {batch}")
