@@ -103,12 +103,12 @@ def _colour(names: Sequence[str]) -> Spec:
     return {"field": "run", "type": "nominal", "scale": {"domain": list(names)}, "legend": legend}
 
 
-def interval_chart(title: str, groups: Sequence[Spec], names: Sequence[str]) -> Spec | None:
-    """Accuracy of groups of questions with its 95 % interval and a tick for blind; `groups`: name, run, mean, low, high, blind."""
+def interval_chart(title: str, groups: Sequence[Spec], names: Sequence[str], metric: str = "exact match") -> Spec | None:
+    """A metric of groups of questions with its 95 % interval and a tick for blind; `groups`: name, run, mean, low, high, blind."""
     if not groups:
         return None
     order = list(dict.fromkeys(group["name"] for group in groups))
-    x = {"type": "quantitative", "scale": {"domain": [0, 1]}, "axis": {"format": "%", "tickCount": 5}, "title": "exact match"}
+    x = {"type": "quantitative", "scale": {"domain": [0, 1]}, "axis": {"format": "%", "tickCount": 5}, "title": metric}
     spread = {"x": {**x, "field": "low"}, "x2": {"field": "high"}}
     grey = {"value": "#8b95a1"}
     return {

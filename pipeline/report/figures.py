@@ -6,16 +6,21 @@ from typing import Any
 from pipeline.report.experiment import Experiment
 
 FEW = 100  # questions below which a figure says little
-NAMES = {"exact": "exact match", "vqa": "VQA match", "contains": "reference in the answer", "token_f1": "word F1", "anls": "ANLS"}
+NAMES = {
+    "exact": "exact match", "vqa": "VQA match", "contains": "reference in the answer", "token_f1": "word F1", "anls": "ANLS",
+    "rouge_l": "ROUGE-L", "cider": "CIDEr", "yes_no": "yes/no F1", "choice": "multiple choice",
+}  # fmt: skip
 
 
 def figures_of(run: Experiment, stage: str, label: str) -> dict[str, Any]:
     """Accuracy with its interval, blind beside it, other metrics and warnings; texts. `accuracy` is empty where there is none."""
     metrics, scores = run.metrics[stage], run.scores[stage]
     told = {name: value for name, value in (scores.get("metrics") or {}).items() if isinstance(value, dict)}
-    spread = told.get("exact") or {"low": metrics.get("accuracy_low"), "high": metrics.get("accuracy_high")}
+    spread = told.get("exact") or scores.get("exact") or {"low": metrics.get("accuracy_low"), "high": metrics.get("accuracy_high")}
     others = [
-        f"{_name(name)} {_share(value.get('mean'))}{_spread(value)}" for name, value in sorted(told.items()) if name != "exact"
+        f"{_name(name)} {_value(name, value.get('mean'))}{_beside(name, value)}"
+        for name, value in sorted(told.items())
+        if name != "exact" and value.get("mean") is not None
     ]
     others += [f"loss {metrics['loss']:.4f}"] if isinstance(metrics.get("loss"), float) else []
     others += [f"perplexity {scores['perplexity']:.3f}"] if isinstance(scores.get("perplexity"), float) else []
@@ -33,6 +38,23 @@ def figures_of(run: Experiment, stage: str, label: str) -> dict[str, Any]:
 
 def _name(metric: str) -> str:
     return NAMES.get(metric, metric)
+
+
+def metric_of(scores: dict[str, dict[str, Any]]) -> str:
+    """What groups are compared by, in words; several runs whose answers are compared by different ones have all of them."""
+    return " / ".join(dict.fromkeys(_name(str(found.get("by", "exact"))) for found in scores.values()))
+
+
+def _value(name: str, value: Any) -> str:
+    return f"{value:.3f}" if name == "cider" and isinstance(value, int | float) else _share(value)
+
+
+def _beside(name: str, value: dict[str, Any]) -> str:
+    """The interval and blind."""
+    low, high, blind = (_value(name, value.get(key)) for key in ("low", "high", "blind"))
+    said = [f"{low} to {high}"] * bool(low and high) + [f"blind {blind}"] * bool(blind)
+    said += [f"{value['yes_share']:.0%} yes of {value['yes_share_reference']:.0%}"] if "yes_share" in value else []
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _share(value: Any) -> str:
@@ -63,7 +85,7 @@ def _warnings(stage: str, metrics: dict[str, Any], scores: dict[str, Any]) -> It
 
 
 def groups_of(scores: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    """Exact match by question type or turn: name, questions, mean, low, high, blind."""
+    """The metric that `by` names, by question type, turn or source: name, questions, mean, low, high, blind."""
     found = scores.get(kind) or {}
     order = sorted(found, key=lambda name: (name == "other", -found[name].get("questions", 0), name))
     if kind == "turns":

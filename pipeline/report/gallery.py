@@ -63,7 +63,7 @@ def build_gallery(columns: Sequence[Column], dataset: Dataset | None, *, limit: 
     numbers = sorted([*changed, *wrong, *right], key=lambda number: (-float(answers.surprise[number]), number))
     cards = [_card(row, number, columns, bool(flipped[number])) for row, number in zip(answers.rows(numbers), numbers, strict=True)]
     _write_answers(cards, numbers, columns)
-    problem = _draw(cards, dataset, limit)
+    problem = draw(cards, dataset, limit=limit)
     return Gallery(cards, sorted({card["kind"] for card in cards}), flips, problem)
 
 
@@ -74,12 +74,12 @@ def _card(row: dict[str, Any], number: int, columns: Sequence[Column], flipped: 
         "where": row["where"],
         "turn": int(row["turn"]) + 1,
         "names": list(row["images"]),
-        "question": _short(row["question"]),
+        "question": shorten(row["question"]),
         "asked": row["question"],
         "said": row["answer"],
         "heat": None,
-        "reference": _short(row["reference"]),
-        "blind": _short(row["blind"]),
+        "reference": shorten(row["reference"]),
+        "blind": shorten(row["blind"]),
         "right": bool(answers.right[number]),
         "flipped": flipped,
         "kind": answers.kind_name(number),
@@ -96,10 +96,10 @@ def _write_answers(cards: list[dict[str, Any]], numbers: list[int], columns: Seq
         ]
         rows = column.answers.rows([place for _, place in there])
         for (card, _), row in zip(there, rows, strict=True):
-            card["answers"].append({"label": column.label, "text": _short(row["answer"]), "right": row["exact"] == 1})
+            card["answers"].append({"label": column.label, "text": shorten(row["answer"]), "right": row["exact"] == 1})
 
 
-def _draw(cards: list[dict[str, Any]], dataset: Dataset | None, limit: int) -> str:
+def draw(cards: list[dict[str, Any]], dataset: Dataset | None, *, limit: int = 0) -> str:
     """Put thumbnails into the cards, `PICTURES` distinct ones at most; returns why the first that is missing is."""
     if dataset is None or not any(card["names"] for card in cards):
         return ""
@@ -124,5 +124,6 @@ def _thumbnail(images: Images, name: str) -> str:
     return thumbnail(decode(images.read(name), where=images.place(name)))
 
 
-def _short(text: str) -> str:
+def shorten(text: str) -> str:
+    """A text as far as it is shown."""
     return text if len(text) <= LONG else f"{text[: LONG - 1]}…"

@@ -21,8 +21,9 @@ from pipeline.params import HeldOut, check
 from pipeline.report.answers import Answers, Confusion
 from pipeline.report.charts import Spec, interval_chart, read_curves, stage_charts
 from pipeline.report.experiment import HERE, STAGES, TRAINED, Experiment, committed_params
-from pipeline.report.figures import figures_of, groups_of
+from pipeline.report.figures import figures_of, groups_of, metric_of
 from pipeline.report.gallery import Column, Gallery, build_gallery
+from pipeline.report.samples import sample_cards
 
 VEGA = Path(".dvc/plots/offline.html")
 MOST = 8  # runs side by side: more than can be told apart
@@ -55,7 +56,8 @@ def _render(runs: list[Experiment], *, look: bool) -> str:
     charts: dict[str, Spec] = {}
     curves = [{"stage": stage, "panels": _add(charts, _curves(runs, stage))} for stage in TRAINED]
     series = _series(runs)
-    types, turns = ({label: groups_of(scores, kind) for label, scores in series.items()} for kind in ("types", "turns"))
+    kinds = {"types": "Question types", "turns": "Turns", "sources": "Sources"}
+    groups = {title: {label: groups_of(scores, kind) for label, scores in series.items()} for kind, title in kinds.items()}
     answered = _answers(runs)
     last = _last(runs, answered)
     environment = Environment(
@@ -73,7 +75,8 @@ def _render(runs: list[Experiment], *, look: bool) -> str:
         ],
         several=len(runs) > 1,
         curves=[part for part in curves if part["panels"]],
-        groups=[_groups(charts, "Question types", types), _groups(charts, "Turns", turns)],
+        groups=[_groups(charts, title, found, metric_of(series)) for title, found in groups.items()],
+        samples=_samples(runs),
         confusions=[{"label": label, "table": table} for label, table in _confusions(last)],
         gallery=gallery,
         looked=look,
@@ -129,6 +132,12 @@ def _curves(runs: list[Experiment], stage: str) -> list[Spec]:
     return stage_charts(history, heldout, [run.name for run in runs])
 
 
+def _samples(runs: list[Experiment]) -> list[Row]:
+    """Of each stage of each run that was asked on the way."""
+    found = [(run, stage, sample_cards(run, stage, _heldout(run)[0])) for run in runs for stage in TRAINED]
+    return [{"label": stage if len(runs) == 1 else f"{run.name}: {stage}", "cards": cards} for run, stage, cards in found if cards]
+
+
 def _series(runs: list[Experiment]) -> dict[str, dict[str, Any]]:
     """What is compared: of one run its stages, of several their last stages; each with its scores."""
     if len(runs) == 1:
@@ -136,9 +145,10 @@ def _series(runs: list[Experiment]) -> dict[str, dict[str, Any]]:
     return {run.name: scores[-1] for run in runs if (scores := [run.scores[stage] for stage in TRAINED if run.scores[stage]])}
 
 
-def _groups(charts: dict[str, Spec], title: str, found: dict[str, list[Row]]) -> Row:
+def _groups(charts: dict[str, Spec], title: str, found: dict[str, list[Row]], metric: str) -> Row:
     rows = [row | {"run": label} for label, groups in found.items() for row in groups]
-    return {"title": title, "rows": rows, "panels": _add(charts, [interval_chart("", rows, list(found))])}
+    panels = _add(charts, [interval_chart("", rows, list(found), metric)])
+    return {"title": title, "rows": rows, "metric": metric, "panels": panels}
 
 
 def _answers(runs: list[Experiment]) -> dict[tuple[str, str], Answers]:

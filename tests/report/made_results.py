@@ -80,6 +80,7 @@ class Results:
         lines = [f"{step},0,{3 * 0.98**step + 0.01},{1e-3 * (1 - step / 300)},{1 + step % 7}" for step in steps]
         (folder / "history.csv").write_text("\n".join(["step,epoch,loss,lr,grad_norm", *lines]) + "\n")
         if heldout:
+            self.write_samples(stage)
             (folder / "heldout.csv").write_text("step,loss\n" + "".join(f"{step},{2 / (step + 1)}\n" for step in range(9, 300, 10)))
         said = {
             "questions": len(rows),
@@ -103,6 +104,16 @@ class Results:
         with writing_tables(path) as write:
             write(table)
         return table
+
+    def write_samples(self, stage: str) -> None:
+        """Answers to two pictures after every tenth step."""
+        asked = [
+            {"images": [f"{number}.png"], "question": ASKED[2 * number], "reference": WORDS[2 * number], "where": "x:1", "turn": 0}
+            for number in range(2)
+        ]
+        measured = [{"step": step, "answers": ["Hm.", "Yes." if step > 200 else f"at {step}"]} for step in range(9, 300, 10)]
+        path = self.folder / "results" / stage / "samples.json"
+        path.write_text(json.dumps({"questions": asked, "measured": measured}))
 
     def metrics(self, stage: str, **figures: Any) -> None:
         (self.folder / "metrics").mkdir(exist_ok=True)

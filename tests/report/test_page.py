@@ -50,7 +50,8 @@ class Page(HTMLParser):
             self.text += data
 
     def cards(self) -> list[dict[str, str | None]]:
-        return [attributes for tag, attributes in self.tags if tag == "article"]
+        """Of the gallery."""
+        return [attributes for tag, attributes in self.tags if tag == "article" and "data-is" in attributes]
 
 
 def page_of(*names: str) -> Page:
@@ -108,6 +109,29 @@ def test_each_stage_has_panels_of_its_own_smoothed_and_bounded(results: Results)
     assert loss["data"]["values"][0]["y"] == pytest.approx(3.01, rel=1e-4)
 
 
+def test_answers_on_the_way_are_shown_by_step(results: Results) -> None:
+    results.demo()
+    page = page_of()
+    section = page.text[page.text.index("Answers on the way") : page.text.index("Question types")]
+    assert re.search(r"sft What color is it\? ?reference ?Red\. ?10 ?Hm\..*300 ?Hm\.", section)
+    assert re.search(r"Is there a circle\? ?reference ?Yes\. ?10 ?at 9.*300 ?Yes\.", section)
+    assert 6 <= section.count("Hm.") <= 8, "a few of thirty"
+    assert "pretrain" not in section, "which was not asked on the way"
+    (results.folder / "results/sft/samples.json").write_text('{"questions": [], "measured": [1]}')
+    assert "What color" not in page_of().text.partition("Question types")[0].partition("Curves")[2]
+
+
+def test_groups_are_told_by_the_metric_that_fits_and_by_source(results: Results) -> None:
+    rows = results.rows()
+    for number, row in enumerate(rows):
+        row |= {"reference": "one two three " * 4, "answer": "one two three", "source": f"{number % 2}.jsonl"}
+    results.write("sft", rows)
+    page = page_of()
+    assert "Sources" in page.text
+    assert "Points: word F1 with its interval" in page.text
+    assert "exact match" in page.text
+
+
 def test_a_curve_with_infinite_losses_is_drawn_with_gaps(results: Results) -> None:
     results.write("sft", results.rows())
     (results.folder / "results/sft/history.csv").write_text("step,epoch,loss,lr,grad_norm\n0,0,2.0,1e-3,1\n1,0,nan,1e-3,inf\n")
@@ -124,7 +148,7 @@ def test_the_gallery_shows_wrong_and_right_answers_worst_first_with_their_pictur
     assert set(kinds) == {"wrong", "right"}
     assert {card["data-kind"] for card in cards} == {"what color", "is there"}
     pictures = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == len(cards)
+    assert len(pictures) == len(cards) + 2, "two of answers on the way"
     assert all(source.startswith("data:image/jpeg;base64,") for source in pictures)
     places = [page.text.index(f"data/rows.jsonl:{row} ·") for row in (116, 111, 106) if f"data/rows.jsonl:{row} ·" in page.text]
     assert places == sorted(places)

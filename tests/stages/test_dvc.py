@@ -177,6 +177,7 @@ def test_metrics_and_plots_can_be_shown_offline(clone: Clone) -> None:
     clone.run("dvc", "plots", "show")
     page = (clone.folder / "dvc_plots" / "index.html").read_text(encoding="utf-8")
     assert all(f"{stage}: training loss" in page for stage in ("pretrain", "sft")), "a panel each"
+    assert all(f'id = "{stage}__held-out_loss"' in page for stage in ("pretrain", "sft")), "though nothing was measured on the way"
     assert not re.search(r"<(script|link)[^>]+(src|href)=", page), "a browser without a network would show nothing"
     assert page.index("vegaEmbed=") < page.index("vegaEmbed('#"), "the library stands before what uses it"
 
