@@ -2,9 +2,10 @@
 
 import shlex
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,10 +14,11 @@ from tqdm import tqdm
 from pipeline.check import Model, Report, Settings, Subject, context_of, extraction_cost, load_builder, open_console, show, survey
 from pipeline.core import PipelineError, enter_project, exit_on_error, quiet_libraries, run_command
 from pipeline.params import Params, check
+from pipeline.project.columns import as_option, read_columns
 from pipeline.project.files import Files, propose, tell_untracked
 from pipeline.project.plan import Plan, find_records, make_plan
 from pipeline.project.use import take
-from pipeline.records import Source, SourceSpec
+from pipeline.records import Columns, Source, SourceSpec
 
 SHOWN = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -34,6 +36,10 @@ def new(
         str | None,
         typer.Option(help="As `glance use` takes it: smollm2-135m, a hub id or a folder. Without: what params.yaml names."),
     ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Where rows keep a part under a name of their own: text=description, images=photo (docs/your-data.md)."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written.")] = False,
 ) -> None:
@@ -41,21 +47,23 @@ def new(
 
     The models stay those of params.yaml unless --language-model names others. Nothing is copied: DVC watches your files in place.
     """
-    exit_on_error(lambda: _new(pictures, records or [], language_model, yes=yes, dry_run=dry_run))
+    exit_on_error(lambda: _new(pictures, records or [], language_model, columns=column or [], yes=yes, dry_run=dry_run))
 
 
-def _new(pictures: Path, given: list[Path], language_model: str | None, *, yes: bool, dry_run: bool) -> None:
+def _new(
+    pictures: Path, given: list[Path], language_model: str | None, *, columns: Sequence[str] = (), yes: bool, dry_run: bool
+) -> None:
     pictures, *given = enter_project(reads=[pictures, *given])
     quiet_libraries()
     warnings.simplefilter("ignore")  # Pillow's, about EXIF and sizes
     console, files, found = open_console(), Files(), find_records(pictures, given)
     if language_model is not None:
         console.print(take(files, language_model), soft_wrap=True)
-    params = check(files.plain_params(), where="params.yaml")
-    reports, model = _survey(found, pictures, params)
+    params, named = check(files.plain_params(), where="params.yaml"), read_columns(columns)
+    reports, model = _survey(found, pictures, params, named)
     for report in reports:
         show(console, report, model)
-    plan = make_plan(reports, pictures, {name: files.params[name] for name in ("pretrain", "sft")})
+    plan = make_plan(reports, pictures, {name: files.params[name] for name in ("pretrain", "sft")}, named)
     for section, values in plan.sections.items():
         files.change(section, values)
     for name in ("pretrain", "sft", "heldout"):
@@ -68,15 +76,18 @@ def _new(pictures: Path, given: list[Path], language_model: str | None, *, yes: 
         _tell_next(console, reports, plan, params, model, pictures)
 
 
-def _survey(found: list[Path], pictures: Path, params: Params) -> tuple[list[Report], Model]:
+def _survey(found: list[Path], pictures: Path, params: Params, named: dict[str, Any]) -> tuple[list[Report], Model]:
     shape, builder, problem = load_builder(params)
     settings = Settings(builder, params.tokenize, True, 0)
     reports = []
     for path in found:
         images = "" if path == pictures else str(pictures)
-        subject = Subject(str(path), str(path), images, Source(SourceSpec(str(path), images=images)))
-        with tqdm(desc=f"reading {path.name}", unit="row", mininterval=0.5, leave=False, disable=None) as bar:
-            reports.append(survey(subject, settings, bar.update))
+        try:
+            subject = Subject(str(path), str(path), images, Source(SourceSpec(str(path), images=images, columns=Columns(**named))))
+            with tqdm(desc=f"reading {path.name}", unit="row", mininterval=0.5, leave=False, disable=None) as bar:
+                reports.append(survey(subject, settings, bar.update))
+        except PipelineError as error:
+            raise as_option(error) from None
     return reports, Model(params.tokenize, shape, context_of(params.llm), problem, params.projector.factor)
 
 

@@ -1,12 +1,15 @@
 """What a user's rows and pictures make of params.yaml, with the reason of each decision."""
 
+import shlex
+import zipfile
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from pipeline.check import Report
-from pipeline.core import PipelineError
+from pipeline.core import BAD_ROWS, PipelineError
+from pipeline.project.columns import as_option
 from pipeline.project.files import in_params
 from pipeline.records import BadRow, Digests, Record, Split
 
@@ -37,6 +40,9 @@ def find_records(pictures: Path, given: list[Path]) -> list[Path]:
     if given:
         return given
     if pictures.is_file():
+        if zipfile.is_zipfile(pictures):
+            remedy = f"glance new {shlex.quote(str(pictures))} --records captions.csv"
+            raise PipelineError("a zip of pictures: its captions are a file of their own", where=str(pictures), remedy=remedy)
         return [pictures]
     tables = sorted(path for path in pictures.iterdir() if path.suffix.lower() in TABLES and path.is_file())
     if len(tables) > 1:
@@ -45,13 +51,14 @@ def find_records(pictures: Path, given: list[Path]) -> list[Path]:
     return tables or [pictures]
 
 
-def make_plan(reports: list[Report], pictures: Path, trainings: dict[str, Any]) -> Plan:
+def make_plan(reports: list[Report], pictures: Path, trainings: dict[str, Any], columns: dict[str, str] | None = None) -> Plan:
     """Data sections, epochs and batch sizes for one or two files of rows.
 
     Captions go to pretrain and conversations to sft where there are both; of one kind alone, both stages take all rows.
 
     Args:
         trainings: the sections `pretrain` and `sft` of params.yaml as they are.
+        columns: names that rows give to their parts.
 
     Raises `PipelineError` for files that hold no good row, and for more of a kind than one.
     """
@@ -65,10 +72,12 @@ def make_plan(reports: list[Report], pictures: Path, trainings: dict[str, Any]) 
             raise PipelineError(f"{names} both hold {kind}", where="--records", remedy=remedy)
     for report in reports:
         if not report.good:
-            raise PipelineError("no row can be used", where=report.subject.records, remedy=f"glance check {report.subject.records}")
+            raise _unusable(report)
     first, second = (captions or talks)[0], (talks or captions)[0]
     for name, report in (("pretrain", first), ("sft", second), ("heldout", second)):
         plan.sections[f"data.{name}"] = {"records": in_params(Path(report.subject.records)), "images": in_params(pictures)}
+        if columns:
+            plan.sections[f"data.{name}"]["columns"] = dict(columns)
     plan.reasons.append(_why_rows(first, second))
     if not second.asking:  # a model that is asked needs a question to have learnt from
         plan.sections["data.sft"]["prompt"] = plan.sections["data.heldout"]["prompt"] = "<image>\nDescribe the picture."
@@ -83,6 +92,15 @@ def make_plan(reports: list[Report], pictures: Path, trainings: dict[str, Any]) 
     for name, report in (("pretrain", first), ("sft", second)):
         _plan_training(plan, name, report, share, trainings[name])
     return plan
+
+
+def _unusable(report: Report) -> PipelineError:
+    """Of a file without a good row: why the first one is bad, and what mends it."""
+    file, first = report.subject.records, next(iter(report.bad.first), None)
+    if first is None:
+        return PipelineError("holds no rows", where=file, remedy="name the file of your captions with --records", code=BAD_ROWS)
+    what = f"no row can be used; the first, {first.where}: {first.reason}"
+    return as_option(PipelineError(what, where=file, remedy=first.remedy, code=BAD_ROWS))
 
 
 def _why_rows(first: Report, second: Report) -> str:

@@ -8,7 +8,20 @@ datasets   a data set as params.yaml names it, bad rows dealt with
 
 from pipeline.records.datasets import good_rows, measured_rows, no_pictures, open_dataset, picture_is_used, row_policy, side_of
 from pipeline.records.decoder import DECODER, FORMATS, check_size, decode, unknown_kind
-from pipeline.records.formats import BadRow, Digests, GoodImages, Mixture, Row, Rows, Source, SourceSpec, Split, draw, readable
+from pipeline.records.formats import (
+    BadRow,
+    Columns,
+    Digests,
+    GoodImages,
+    Mixture,
+    Row,
+    Rows,
+    Source,
+    SourceSpec,
+    Split,
+    draw,
+    readable,
+)
 from pipeline.records.formats.lines import JsonLines
 from pipeline.records.formats.policy import SHOWN
 from pipeline.records.formats.row import bad_record
@@ -22,6 +35,7 @@ __all__ = [
     "PLACEHOLDER",
     "SHOWN",
     "BadRow",
+    "Columns",
     "Digests",
     "GoodImages",
     "ImageError",

@@ -4,6 +4,7 @@ Everywhere downstream an image is the SHA-256 of its file's bytes, so the same p
 """
 
 import hashlib
+import json
 import os
 import stat
 import struct
@@ -93,7 +94,7 @@ class ImageRoot:
                     raise ImageError(f"{size:,} bytes, more than {MAX_FILE:,}", where=where)
                 return self._archive.read(name)
             except KeyError:
-                raise ImageError("no such image in the zip", where=where) from None
+                raise ImageError("no such image in the zip", where=where, remedy=_if_several(name)) from None
             except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, RuntimeError) as error:
                 raise ImageError(f"unreadable: {brief(error)}", where=where) from None
 
@@ -107,7 +108,7 @@ class ImageRoot:
         path = os.path.join(self._root, inside)
         if not self._follow and leads_out(path, self._root):
             raise ImageError("a link that leads out of the image root", where=where, remedy=FORBIDDEN)
-        return read_file(path, where=where)
+        return read_file(path, where=where, missing=_if_several(name))
 
     def _inside(self, name: str) -> str | None:
         """The name as a path below the root, without `..`; None where it would leave it."""
@@ -121,14 +122,25 @@ class ImageRoot:
 FORBIDDEN = "put the file there itself, or, where the data are your own, set data.*.links to follow"
 
 
+def _if_several(name: str) -> str:
+    """What mends a name that looks like several; "" where it does not."""
+    parts = [part.strip() for part in name.replace(";", ",").split(",")]
+    if len(parts) < 2 or not all(os.path.splitext(part)[1] for part in parts):
+        return ""
+    return f'several pictures are a list, in JSON lines: {{"images": {json.dumps(parts[:2], ensure_ascii=False)}, ...}}'
+
+
 def leads_out(path: str, root: str) -> bool:
     """Whether a link on the way to `path` leads out of the folder `root`. Raises no error: what is not there leads nowhere."""
     real, root = os.path.realpath(path), os.path.realpath(root)
     return real != root and not real.startswith(root.rstrip(os.sep) + os.sep)
 
 
-def read_file(path: str | Path, *, where: str) -> bytes:
-    """The bytes of one image file that is a regular one and not too large; raises `ImageError` naming `where`."""
+def read_file(path: str | Path, *, where: str, missing: str = "") -> bytes:
+    """The bytes of one image file that is a regular one and not too large; raises `ImageError` naming `where`.
+
+    `missing` says what mends one that is not there.
+    """
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
@@ -137,7 +149,7 @@ def read_file(path: str | Path, *, where: str) -> bytes:
             raise ImageError(f"{found.st_size:,} bytes, more than {MAX_FILE:,}", where=where)
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise ImageError("no such image", where=where) from None
+        raise ImageError("no such image", where=where, remedy=missing) from None
     except (OSError, ValueError) as error:
         raise ImageError(f"unreadable: {brief(error)}", where=where) from None
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,15 @@ def test_captions_train_the_projector_and_conversations_the_model(
     assert "1 rows cannot be used" in capsys.readouterr().out
 
 
+BAD_TABLES = {
+    "two/a.csv": "file_name,caption\n",
+    "two/b.csv": "file_name,caption\n",
+    "absent/captions.csv": "file_name,caption\nx.png,An x.\n",
+    "several/rows.csv": 'image,question,answer\n"a.png,b.png",Same?,No.\n',
+    "named/list.csv": "photo,description\na.png,An a.\n",
+}
+
+
 @pytest.mark.parametrize(
     ("pictures", "said"),
     [
@@ -105,6 +115,10 @@ def test_captions_train_the_projector_and_conversations_the_model(
         ("empty", "empty"),
         ("two", "holds several tables: a.csv, b.csv -> name those to take with --records"),
         ("photos", "nobody is here to say yes -> add --yes"),
+        ("zipped.zip", "a zip of pictures: its captions are a file of their own -> glance new zipped.zip --records captions.csv"),
+        ("absent", "no row can be used; the first, absent/captions.csv:2: absent: 'x.png': no such image -> mend or remove"),
+        ("several", """-> several pictures are a list, in JSON lines: {"images": ["a.png", "b.png"], ...}"""),
+        ("named", "-> --column turns=NAME, or --column question=NAME and --column answer=NAME, or --column text=NAME"),
     ],
 )
 def test_a_mistake_is_said_and_nothing_is_written(
@@ -112,9 +126,11 @@ def test_a_mistake_is_said_and_nothing_is_written(
 ) -> None:
     own_pictures(project / "photos", png, 2)
     (project / "empty").mkdir()
-    (project / "two").mkdir()
-    for name in "ab":
-        (project / "two" / f"{name}.csv").write_text("file_name,caption\n")
+    for name, table in BAD_TABLES.items():
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text(table)
+    with zipfile.ZipFile(project / "zipped.zip", "w") as archive:
+        archive.writestr("0.png", png(0))
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(PipelineError) as caught:
         new(pictures=pictures, yes=False)
@@ -213,6 +229,17 @@ def test_what_a_sweep_would_go_without_is_said_with_the_command(
     assert "dvc exp run --queue" in said
     assert "dvc add 'my photos' && git commit -m 'Track my photos'" in said
     assert "dvc add 'my photos/" not in said
+
+
+def test_columns_with_names_of_their_own_are_given_on_the_command_line(project: Path, png: Callable[[int], bytes]) -> None:
+    table = own_pictures(project / "photos", png, 12) / "captions.csv"
+    table.write_text(table.read_text().replace("file_name,caption", "photo,description"))
+    _new(Path("photos"), [], None, columns=["images=photo", "text=description"], yes=True, dry_run=False)
+    data = read_yaml(project / "params.yaml")["data"]
+    assert [data[name]["columns"] for name in ("pretrain", "sft", "heldout")] == [{"images": "photo", "text": "description"}] * 3
+    for wrong in ("description", "caption=description", "text="):
+        with pytest.raises(PipelineError, match="PART is one of turns, images, text"):
+            _new(Path("photos"), [], None, columns=[wrong], yes=True, dry_run=False)
 
 
 def test_of_few_pictures_one_is_held_out_and_the_others_are_trained_on(project: Path, png: Callable[[int], bytes]) -> None:
