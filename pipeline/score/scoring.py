@@ -34,6 +34,7 @@ from pipeline.vlm.training.loop import MIXED
 
 PART = 8192  # questions that are in memory at once
 MICRO_TOKENS = 16384
+WORDY = 0.1  # of all answers: more right ones than this that do not count are told
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ def _write(tables: Iterator[pa.Table], path: Path) -> None:
 
 
 def _figures(benchmark: Benchmark, path: Path) -> dict[str, Any]:
-    rows = pq.read_table(path, columns=["answer", "blind", "reference", "group", "unit", "score", "blind_score"])
+    rows = pq.read_table(path, columns=["answer", "blind", "reference", "contains", "group", "unit", "score", "blind_score"])
     names = (unit or f"#{number}" for number, unit in enumerate(rows["unit"].to_pylist()))
     units = np.unique(np.array(list(names)), return_inverse=True)[1]
     references, groups = rows["reference"].to_pylist(), rows["group"].to_pylist()
@@ -182,4 +183,9 @@ def _figures(benchmark: Benchmark, path: Path) -> dict[str, Any]:
         Scored(rows[score].to_numpy(), rows[answer].to_pylist(), references, groups, units)
         for score, answer in (("score", "answer"), ("blind_score", "blind"))
     )
-    return {"task": benchmark.name, "share": benchmark.share, **summarise(benchmark.task.figures, seen, blind)}
+    found = {"task": benchmark.name, "share": benchmark.share, **summarise(benchmark.task.figures, seen, blind)}
+    loose = float(rows["contains"].to_numpy().mean())
+    if loose > seen.scores.mean() + WORDY:
+        more = "the benchmark counts some other way of answering only; predictions.parquet has them all"
+        found["warnings"].append(f"{loose:.0%} of the answers contain the reference, {seen.scores.mean():.0%} count: {more}")
+    return found

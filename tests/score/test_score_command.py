@@ -34,13 +34,13 @@ def run(*arguments: str) -> Result:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the pictures that have gone through the encoder."""
     names: list[str] = []
-    encode = Encoder.encode_rows
+    begin = Encoder.begin
 
-    def noted(self: Encoder, pixels: torch.Tensor, shown: list[str]) -> torch.Tensor:
+    def noted(self: Encoder, pixels: torch.Tensor, shown: list[str]) -> Any:
         names.extend(shown)
-        return encode(self, pixels, shown)
+        return begin(self, pixels, shown)
 
-    monkeypatch.setattr(Encoder, "encode_rows", noted)
+    monkeypatch.setattr(Encoder, "begin", noted)
     return names
 
 
@@ -114,6 +114,19 @@ def test_another_model_encodes_no_picture_again(
         assert len(encoded) == ROWS
     answers = [pq.read_table(folder / "out" / model / "pope/predictions.parquet")["answer"].to_pylist() for model in ("one", "two")]
     assert answers[0] != answers[1], "two models, or the test shows nothing"
+
+
+@pytest.mark.slow
+def test_5000_questions_about_500_pictures_for_three_experiments_encode_each_picture_once(
+    world: World, folder: Path, png: Callable[[int], bytes], encoded: list[str]
+) -> None:
+    rows = [{**row, "picture": number % 500} for number, row in enumerate(rows_of("pope", 5000))]
+    write_copy(folder / "pope", "pope", rows, png)
+    for seed, name in enumerate(("one", "two", "three"), 1):
+        save_model(world, folder / "models" / name, seed=seed)
+        assert run(f"models/{name}", "pope=pope", "--out", f"out/{name}").exit_code == 0
+        assert json.loads((folder / "out" / name / "pope/scores.json").read_text())["questions"] == 5000
+    assert len(encoded) == 500
 
 
 def test_the_same_run_gives_the_same_bytes_in_parts_of_any_size(
