@@ -67,6 +67,7 @@ class Turn:
     batch_size: int = 0
     share_images: bool = False
     compiled: bool = False
+    factor: int = 1  # of shuffled patches a token; the table is tokenised for it
 
 
 def peak_gb() -> float:
@@ -105,7 +106,9 @@ def _our_model(world: World, turn: Turn, encoder: Encoder, table: TokenTable) ->
     dtype = torch.bfloat16 if frozen and turn.precision == "bfloat16" else torch.float32
     language_model = load_language_model(str(world.llm(turn.model)), dtype=dtype)
     torch.manual_seed(SEED)
-    model = VisionLanguageModel(build_projector("linear", encoder.width, hidden_size(language_model)), language_model)
+    merge = "shuffle" if turn.factor > 1 else "none"
+    projector = build_projector("linear", encoder.width, hidden_size(language_model), merge, turn.factor)
+    model = VisionLanguageModel(projector, language_model)
     longest = LONGEST if turn.share_images else int(table.lengths.max())
     model.language_model.set_attn_implementation(choose_attention(model.language_model, CPU, longest))
     freeze(model, "projector" if frozen else "all")
@@ -129,13 +132,13 @@ def ours(world: World, turn: Turn) -> Result:
     schedule, accelerator = _schedule(turn), Accelerator(mixed_precision=MIXED[turn.precision], cpu=True)
     encoder = _encoder(world, turn)
     model = _our_model(world, turn, encoder, table)
-    image_id = _image_id(world, turn, encoder.tokens)
+    image_id = _image_id(world, turn, table.spec["tokens"])
 
     def run(rows: int) -> list[dict[str, float]]:
         part = TokenTable(world.tokens(turn.table), limit=rows)
         source = _source(world, turn, encoder, part)
         sharing = _sharing(turn, part)
-        examples = Examples(part, source, image_id, sharing)
+        examples = Examples(part, source, image_id, sharing, turn.factor)
         execution = Execution(name="ours", threads=THREADS, compiled=turn.compiled)
         return train(model, examples, schedule, accelerator, execution=execution)
 

@@ -94,8 +94,8 @@ class World:
         return json.loads((self.folder / "facts.json").read_text(encoding="utf-8"))
 
 
-def build(folder: Path, *, models: list[str], rows: int, pictures: int, tiny: bool) -> World:
-    """Make a world: captions as `rows` over `pictures` pictures in turn, and ten questions on each of them."""
+def build(folder: Path, *, models: list[str], rows: int, pictures: int, tiny: bool, side: int = 224) -> World:
+    """Make a world: captions as `rows` over `pictures` pictures in turn, and ten questions on each; `side` is the encoder's."""
     quiet_libraries()
     world, rng = World(folder), random.Random(0)
     words = make_words(rng)
@@ -106,10 +106,11 @@ def build(folder: Path, *, models: list[str], rows: int, pictures: int, tiny: bo
         config = LlamaConfig(**shape, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0)
         LlamaForCausalLM(config).save_pretrained(world.llm(name))
         tokenizer.save_pretrained(world.llm(name))
-    vision = {"patch_size": 16, "image_size": 224} | (TINY_CLIP if tiny else {})
+    vision = {"patch_size": 16, "image_size": side} | (TINY_CLIP if tiny else {})
     text = TINY_CLIP if tiny else {}
     CLIPModel(CLIPConfig(vision_config=vision, text_config=text)).save_pretrained(world.clip)
-    CLIPImageProcessorPil().save_pretrained(world.clip)  # its defaults are CLIP's: 224, bicubic, centre crop
+    square = {"height": side, "width": side}
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square).save_pretrained(world.clip)  # else as CLIP's
     _write_pictures(world.images, pictures)
     sentences = make_sentences(tokenizer, words, rng)
     shown = [i % pictures for i in range(rows)], [i // QUESTIONS for i in range(QUESTIONS * pictures)]
@@ -186,10 +187,10 @@ def write_rows(path: Path, pictures: list[int], spoken: list[tuple[str, str]]) -
             file.write(json.dumps({"conversations": turns, "image": f"{picture}.jpg"}) + "\n")
 
 
-def tokenise_rows(world: World, table: str, llm: Path, tokens: int, *, images: ImageRoot | None = None) -> None:
-    """The token table of a file of records, for a tokenizer and so many placeholders a picture."""
+def tokenise_rows(world: World, table: str, llm: Path, tokens: int, *, images: ImageRoot | None = None, name: str = "") -> None:
+    """The token table `name` of a file of records, for a tokenizer and so many placeholders a picture."""
     builder = PromptBuilder(str(llm), image_token=IMAGE_TOKEN, tokens=tokens)
     tokenizer = RowTokenizer(builder, images or ImageRoot(world.images), 1536, "stop")
     records = RowPolicy("stop", 0).keep(open_source(SourceSpec(str(world.records(table)))).records())
     batches = tokenize(records, tokenizer, Summary(), workers=1, progress=lambda _: None)
-    write_tokens(world.tokens(table), batches, builder.spec())
+    write_tokens(world.tokens(name or table), batches, builder.spec())

@@ -8,6 +8,7 @@ that costs is decided by tokenize.
 
 import csv
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from accelerate import PartialState
 from pipeline.core import PipelineError, main_checkout, publish, publish_folder, to_json, writing
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_device, use_fast_float32
 from pipeline.core.trees import is_first_of_tree, processes_here
-from pipeline.features import Encoder, Extraction, Processes, distinct_images, extract, load_encoder
+from pipeline.features import Extraction, Processes, common_tokens, distinct_images, extract, load_member, member_folders, shape_of
 from pipeline.params import StageParams
 from pipeline.records import GoodImages, Mixture, Source, good_rows, no_pictures, open_dataset, picture_is_used
 from stages.run import run_stage
+
+FEATURES = Path("data/features")
 
 
 def main(params: StageParams) -> dict[str, Any]:
@@ -32,21 +35,34 @@ def main(params: StageParams) -> dict[str, Any]:
     workers, batch = pick_workers(runtime.workers, processes=processes_here()), pick_batch(runtime.extract_batch, device)
     files, hashes = distinct_images(_wanted(params), threads=max(1, workers), missing=missing if skip else None)
     use_fast_float32()
-    encoder = load_encoder(vision, device=device, batch=batch)
-    done = extract(
-        files,
-        hashes,
-        encoder,
-        stores=[main_checkout() / store for store in runtime.feature_stores],
-        out=Path("data/features"),
-        shard_rows=vision.shard_rows,
-        workers=workers,
-        skip=skip,
-        processes=processes,
-    )
+    stores = [main_checkout() / store for store in runtime.feature_stores]
+    folders = member_folders(FEATURES, len(vision.members))
+    if len(folders) > 1:  # before the first of them works for hours
+        common_tokens([(each.model, shape_of(each)[0], each.pool) for each in vision.members])
+    if processes.writes and len(folders) > 1:
+        shutil.rmtree(FEATURES, ignore_errors=True)
+    done, width = [], 0
+    for member, out in zip(vision.members, folders, strict=True):
+        encoder = load_member(member, device=device, batch=batch)
+        tokens, width = encoder.tokens, width + encoder.width
+        done.append(
+            extract(
+                files,
+                hashes,
+                encoder,
+                stores=stores,
+                out=out,
+                shard_rows=vision.shard_rows,
+                workers=workers,
+                skip=skip,
+                processes=processes,
+            )
+        )
+        del encoder  # its memory goes before the next one comes
     if processes.writes:
-        _write_meta(encoder, hashes[done.good])
-        _write_rejected([*missing, *done.bad])
+        good = np.logical_and.reduce([each.good for each in done])
+        _write_meta(tokens, width, hashes[good])
+        _write_rejected([*missing, *(error for each in done for error in each.bad)])
     return _figures(done, missing)
 
 
@@ -59,15 +75,17 @@ def _processes(device: torch.device) -> tuple[torch.device, Processes]:
     return state.device, Processes(state.process_index, state.num_processes, state.wait_for_everyone, is_first_of_tree())
 
 
-def _figures(done: Extraction, missing: list[PipelineError]) -> dict[str, Any]:
+def _figures(done: list[Extraction], missing: list[PipelineError]) -> dict[str, Any]:
+    """Of several encoders: `encoded` counts an image once an encoder; `images_per_second` is through all that had work."""
+    here, seconds = max(each.here for each in done), sum(each.seconds for each in done)
     return {
-        "images": done.images,
-        "rejected": len({error.where for error in (*missing, *done.bad)}),
-        "encoded": done.encoded,
-        "cache_mb": round(done.bytes / 1e6, 1),
-        "images_per_second": round(done.here / done.seconds, 1) if done.seconds else 0.0,
-        "decode_ms": round(1000 * done.decoding / done.here, 3) if done.here else 0.0,
-        "waiting_share": round(done.waited / done.seconds, 3) if done.seconds else 0.0,
+        "images": min(each.images for each in done),
+        "rejected": len({error.where for error in (*missing, *(error for each in done for error in each.bad))}),
+        "encoded": sum(each.encoded for each in done),
+        "cache_mb": round(sum(each.bytes for each in done) / 1e6, 1),
+        "images_per_second": round(here / seconds, 1) if seconds else 0.0,
+        "decode_ms": round(1000 * sum(each.decoding for each in done) / here, 3) if here else 0.0,
+        "waiting_share": round(sum(each.waited for each in done) / seconds, 3) if seconds else 0.0,
     }
 
 
@@ -92,10 +110,10 @@ def _names(source: Source | Mixture, data: Any, needed: str) -> Iterator[str]:
         raise no_pictures(needed)
 
 
-def _write_meta(encoder: Encoder, good: np.ndarray) -> None:
+def _write_meta(tokens: int, width: int, good: np.ndarray) -> None:
     meta = Path("data/features_meta")
     with publish_folder(meta) as folder, writing(meta):
-        (folder / "encoder.json").write_text(to_json({"tokens": encoder.tokens, "width": encoder.width}), encoding="utf-8")
+        (folder / "encoder.json").write_text(to_json({"tokens": tokens, "width": width}), encoding="utf-8")
         GoodImages.write(folder / "images.npy", good)
 
 

@@ -19,7 +19,8 @@ def run_preflight() -> None:
     """
     params, stamp = load(), main_checkout() / ".dvc" / "tmp" / "preflight"
     outs = [str(out) for stage in read_yaml(Path("dvc.yaml"))["stages"].values() for out in stage.get("outs", [])]
-    models = [name for name in (params.vision.model, params.llm.model, params.sft.start) if name not in outs]
+    encoders = [member.model for member in params.vision.members]
+    models = [name for name in (*encoders, params.llm.model, params.sft.start) if name not in outs]
     key = fingerprint({"params": params.model_dump(mode="json"), "files": list(_files(models)), "with": version("transformers")})
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
         return

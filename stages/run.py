@@ -83,13 +83,14 @@ def _require_listed_models(stage: str, params: StageParams) -> None:
     listed = [Path(str(dep)) for dep in read_yaml(Path("dvc.yaml"))["stages"][stage].get("deps", [])]
     for section in ("vision", "llm"):
         try:
-            model = getattr(params, section).model
+            named = getattr(params, section).model
         except PipelineError:
             continue
-        folder = Path(model)
-        if folder.is_dir() and not any(folder == dep or dep in folder.parents for dep in listed):
-            raise PipelineError(
-                f"{section}.model is the folder {model}, which is not a dependency of stage {stage}",
-                where="dvc.yaml",
-                remedy=f"add {model} to stages.{stage}.deps",
-            )
+        for model in named if isinstance(named, list) else [named]:
+            folder = Path(model)
+            if folder.is_dir() and not any(folder == dep or dep in folder.parents for dep in listed):
+                raise PipelineError(
+                    f"{section}.model is the folder {model}, which is not a dependency of stage {stage}",
+                    where="dvc.yaml",
+                    remedy=f"add {model} to stages.{stage}.deps",
+                )

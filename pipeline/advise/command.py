@@ -18,7 +18,7 @@ from pipeline.advise.verdict import Advice, Rates, Work, choose
 from pipeline.check import encoder_shape, time_pictures
 from pipeline.core import enter_project, exit_on_error, main_checkout, merged_tokens, quiet_libraries
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_device, use_fast_float32
-from pipeline.features import Encoder, load_encoder
+from pipeline.features import Encoder, FusedEncoder, load_encoder, member_folders
 from pipeline.params import Params, StageParams, check, override, read_yaml
 from pipeline.records import Mixture, Source, no_pictures, open_dataset
 from pipeline.text import PromptBuilder
@@ -66,7 +66,7 @@ def advise(params: Params) -> Advice:
         return _measure(params, encoder, Path(folder))
 
 
-def _measure(params: Params, encoder: Encoder, folder: Path) -> Advice:
+def _measure(params: Params, encoder: Encoder | FusedEncoder, folder: Path) -> Advice:
     sources = {name: open_dataset(getattr(params.data, name), limit=params.data.limit) for name in STAGES}
     times = time_pictures(encoder, _pictures(sources["pretrain"]), workers=pick_workers(params.runtime.workers))
     encoder.drop_tower()
@@ -98,17 +98,23 @@ def _pictures(source: Source | Mixture) -> list[bytes]:
     raise no_pictures("data.pretrain")
 
 
-def _write(params: Params, name: str, source: Source | Mixture, encoder: Encoder, folder: Path) -> tuple[float, float, float]:
+def _write(
+    params: Params, name: str, source: Source | Mixture, encoder: Encoder | FusedEncoder, folder: Path
+) -> tuple[float, float, float]:
     """A sample of the data set's rows in `folder`; seconds of a row of features, to disk, from memory and from disk."""
     llm, limits = params.llm, params.tokenize
     tokens = merged_tokens(encoder.tokens, params.projector.factor)
     builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens, date=llm.date)
     table = write_sample(folder, name, source, builder, max_tokens=limits.max_tokens, too_long=limits.too_long)
-    writing = write_store(folder, encoder, table)
-    return (writing, *time_reading(folder / "features", encoder.device)) if table.slots else (0.0, 0.0, 0.0)
+    stores = member_folders(folder / "features", len(encoder.members))
+    writing = sum(write_store(store, member, table) for store, member in zip(stores, encoder.members, strict=True))
+    if not table.slots:
+        return 0.0, 0.0, 0.0
+    warm, cold = zip(*(time_reading(store, encoder.device) for store in stores), strict=True)
+    return writing, sum(warm), sum(cold)
 
 
-def _work(params: Params, name: str, size: Size, extracted: Size, encoder: Encoder, folder: Path) -> Work:
+def _work(params: Params, name: str, size: Size, extracted: Size, encoder: Encoder | FusedEncoder, folder: Path) -> Work:
     """What the stage has to do, its steps timed."""
     training = getattr(params, name).model_copy(update={"features": "stored"})
     with redirect_stdout(io.StringIO()):  # of a stage, which this is not

@@ -88,9 +88,9 @@ def _nothing(_: object) -> None:
     pass
 
 
-def write_store(folder: Path, encoder: Encoder, table: TokenTable) -> float:
-    """`folder`/features: a store with a row for each picture of the table; returns the seconds that writing a row took."""
-    hashes, out = np.unique(table.image_hashes(), axis=0), folder / "features"
+def write_store(out: Path, encoder: Encoder, table: TokenTable) -> float:
+    """`out`: a store with a row for each picture of the table; returns the seconds that writing a row took."""
+    hashes = np.unique(table.image_hashes(), axis=0)
     make_folder(out)
     path, spec, rows = out / "sample.h5", encoder.row_spec(), list(_noise(encoder, len(hashes)))
     began = time.perf_counter()

@@ -13,9 +13,9 @@ def as_lines(advice: Advice) -> list[str]:
     """What was measured, what it costs, and for each stage whether the cache pays."""
     params, shape, rates, picture = advice.params, advice.shape, advice.rates, advice.rates.picture
     steps = ", ".join(f"{_ms(work.step)} a row of {work.name} ({work.train} trains)" for work in advice.work)
-    count = params.runtime.processes
+    count, encoder = params.runtime.processes, " + ".join(member.model for member in params.vision.members)
     return [
-        f"encoder {params.vision.model}, [{shape.tokens}, {shape.width}] {shape.storage}; language model {params.llm.model}; "
+        f"encoder {encoder}, [{shape.tokens}, {shape.width}] {shape.storage}; language model {params.llm.model}; "
         f"on {advice.device}{f', one of {count} processes' if count > 1 else ''}",
         f"measured: a picture {_ms(picture.decoding)} to decode, {_ms(picture.encoding)} to encode; its features "
         f"{_ms(rates.writing)} to write, {_ms(rates.from_memory)} from memory, {_ms(rates.from_disk)} from disk; training {steps}",

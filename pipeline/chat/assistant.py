@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from pipeline.chat.paths import OTHER, read_picture
 from pipeline.core import RESOURCE, PipelineError, merged_tokens, named_by
 from pipeline.core.devices import autocast, pick_device, pick_precision
-from pipeline.features import RESAMPLING, Encoder, warn_of_resampling
+from pipeline.features import RESAMPLING, Encoder, join_encoders, warn_of_resampling
 from pipeline.records import ImageError, ImageSlot, Turn
 from pipeline.text import DATE, Prompt, PromptBuilder
 from pipeline.vlm.model import GREEDY, checkpoint, generate
@@ -68,23 +68,7 @@ class Assistant:
         manifest = checkpoint.read_manifest(folder)
         self.device = pick_device(device)
         self.precision = pick_precision("auto", self.device)
-        vision = manifest.vision
-        self.encoder = Encoder(
-            named_by(folder, vision["model"]),
-            revision=vision["revision"],
-            layer=vision["layer"],
-            precision="auto" if vision["spec"]["precision"] == "float16" else vision["spec"]["precision"],
-            storage=vision["spec"].get("storage", "float16"),
-            pool=int(vision["spec"].get("pool", 1)),
-            device=self.device,
-            batch=batch,
-        )
-        found, trained = self.encoder.spec(), vision["spec"]
-        warn_of_resampling(trained, str(folder), "train it again")
-        if differ := [key for key in trained if key not in ("precision", RESAMPLING) and found.get(key) != trained[key]]:
-            raise PipelineError(
-                f"{vision['model']} has changed since training ({differ[0]})", where=str(folder), remedy="dvc repro"
-            )
+        self.encoder = join_encoders([_encoder(folder, vision, self.device, batch) for vision in manifest.encoders])
         self.model = checkpoint.load(folder)[0].eval().to(self.device)
         llm = str(folder) if manifest.own_llm else named_by(folder, manifest.llm["model"])
         revision = "" if manifest.own_llm else manifest.llm["revision"]
@@ -99,7 +83,7 @@ class Assistant:
     @cached_property
     def exact_tower(self) -> PreTrainedModel:
         """The encoder's tower as it is in its files, for what looks back at an answer; read when first asked for."""
-        return self.encoder.exact_tower()
+        return self.encoder.members[0].exact_tower()
 
     def look(self, path: str | Path, *, name: str = "") -> torch.Tensor:
         """Patch features float16 [P, Dv] of a picture file; messages call it `name`, or its path."""
@@ -219,6 +203,26 @@ class Assistant:
             failure.append(error)
         finally:
             streamer.end()
+
+
+def _encoder(folder: str | Path, vision: dict[str, Any], device: torch.device, batch: int) -> Encoder:
+    """An encoder that a checkpoint names; raises `PipelineError` where it is not as it was in training."""
+    trained = vision["spec"]
+    encoder = Encoder(
+        named_by(folder, vision["model"]),
+        revision=vision["revision"],
+        layer=vision["layer"],
+        precision="auto" if trained["precision"] == "float16" else trained["precision"],
+        storage=trained.get("storage", "float16"),
+        pool=int(trained.get("pool", 1)),
+        device=device,
+        batch=batch,
+    )
+    found = encoder.spec()
+    warn_of_resampling(trained, str(folder), "train it again")
+    if differ := [key for key in trained if key not in ("precision", RESAMPLING) and found.get(key) != trained[key]]:
+        raise PipelineError(f"{vision['model']} has changed since training ({differ[0]})", where=str(folder), remedy="dvc repro")
+    return encoder
 
 
 class _Streamer(TextIteratorStreamer):

@@ -75,7 +75,10 @@ def look_back(assistant: "Assistant", turns: Sequence["Turn"], files: Sequence[b
 
     from pipeline import saliency
 
-    encoder = assistant.encoder
+    encoder, *others = assistant.encoder.members
+    if others:
+        what = f"a model that joins {1 + len(others)} encoders is not looked back through"
+        raise PipelineError(what, where="vision.model", remedy="train with one encoder")
     pixels = [encoder.preprocess(data, where=f"picture {number}") for number, data in enumerate(files, 1)]
     shown = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, encoder.side, encoder.side)
     with assistant.one_at_a_time:
@@ -89,6 +92,6 @@ def sheet_of(assistant: "Assistant", files: Sequence[bytes], seen: "Seen", *, ac
     from pipeline.saliency import METHODS, draw_sheet, find_box
 
     pictures = [decode(data, where=f"picture {number}") for number, data in enumerate(files, 1)]
-    boxes = [find_box(assistant.encoder.preprocess, picture.size) for picture in pictures]
+    boxes = [find_box(assistant.encoder.members[0].preprocess, picture.size) for picture in pictures]
     lines = [(f"{maps.method}: {METHODS[maps.method]}", maps.heat[:DRAWN]) for maps in seen.maps]
     return draw_sheet(pictures, boxes, seen.words[:DRAWN], lines, across=across)

@@ -11,11 +11,21 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from pipeline.core import PipelineError, brief, merged_tokens
+from pipeline.core import PipelineError, brief
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_fast_float32
 from pipeline.core.loading import read_pretrained
-from pipeline.features import ANY_SIZE, Encoder, Float16Format, Int8Format, Preprocessor, RowFormat, load_encoder, row_bytes
-from pipeline.params import LanguageModel, Params
+from pipeline.features import (
+    Encoder,
+    Float16Format,
+    FusedEncoder,
+    Int8Format,
+    RowFormat,
+    common_tokens,
+    load_member,
+    row_bytes,
+    shape_of,
+)
+from pipeline.params import LanguageModel, Member, Params
 
 CHEAP = 500_000_000  # bytes of weights up to which the encoder is loaded to be timed
 WARM, BATCHES = 2, 5  # batches before the clock runs, and those of which the middle one counts
@@ -41,26 +51,35 @@ class Rate:
 
 
 def encoder_shape(params: Params, meta: Path = Path("data/features_meta/encoder.json")) -> Shape:
-    """From the encoder's configuration, or from the last extraction; raises `PipelineError` when neither is there."""
-    vision = params.vision
+    """From the encoders' configurations, or from the last extraction; raises `PipelineError` when neither is there, or when
+    their grids are not equal."""
+    members, storage = params.vision.members, params.vision.storage
     try:
-        config: Any = read_pretrained(AutoConfig, vision.model, where="vision.model", revision=vision.revision)
-        config = getattr(config, "vision_config", config)
-        side = Preprocessor(vision.model, vision.revision).size()[0] if config.model_type in ANY_SIZE else config.image_size
-        patches, width = (side // config.patch_size) ** 2, config.hidden_size
-        tokens = merged_tokens(patches, vision.pool, where="vision.pool", off="vision.pool: 1")
+        found = [_member_shape(member) for member in members]
     except (PipelineError, ValueError, AttributeError, TypeError, ZeroDivisionError) as error:
         try:
-            found = json.loads(meta.read_text(encoding="utf-8"))
-            tokens, width = int(found["tokens"]), int(found["width"])
+            last = json.loads(meta.read_text(encoding="utf-8"))
+            found = [_shape(int(last["tokens"]), int(last["width"]), storage)]
         except (OSError, ValueError, KeyError, TypeError):
             if isinstance(error, PipelineError):
                 raise error from None
-            raise PipelineError(f"cannot load {vision.model}: {brief(error)}", where="vision.model") from None
+            names = " or ".join(member.model for member in members)
+            raise PipelineError(f"cannot load {names}: {brief(error)}", where="vision.model") from None
+    else:
+        common_tokens([(member.model, shape.tokens, member.pool) for member, shape in zip(members, found, strict=True)])
+    return Shape(found[0].tokens, sum(shape.width for shape in found), sum(shape.row for shape in found), storage)
+
+
+def _member_shape(member: Member) -> Shape:
+    """Of one encoder, from its configuration."""
+    return _shape(*shape_of(member), member.storage)
+
+
+def _shape(tokens: int, width: int, storage: str) -> Shape:
     rows: RowFormat = Float16Format(tokens, width)
-    if vision.storage == "int8":
+    if storage == "int8":
         rows = Int8Format(tokens, np.zeros(width), np.ones(width))
-    return Shape(tokens, width, row_bytes(rows), vision.storage)
+    return Shape(tokens, width, row_bytes(rows), storage)
 
 
 def context_of(llm: LanguageModel) -> int | None:
@@ -75,11 +94,12 @@ def context_of(llm: LanguageModel) -> int | None:
 
 def extraction_rate(params: Params, samples: list[bytes], metrics: Path = Path("metrics/extract.json")) -> Rate | None:
     """Measured on `samples` where the encoder is small and at hand, else that of the last run of extract, else None."""
-    weights = sum(file.stat().st_size for file in Path(params.vision.model).glob("*.safetensors"))
-    if samples and 0 < weights <= CHEAP:
+    folders = [Path(member.model) for member in params.vision.members]
+    weights = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in folders]
+    if samples and all(weights) and sum(weights) <= CHEAP:
         try:
-            images = 1 / max(_measure(params, samples).extraction, 1e-9)
-            return Rate(images, f"measured on {len(samples)} of these pictures")
+            seconds = sum(_measure(params, member, samples).extraction for member in params.vision.members)
+            return Rate(1 / max(seconds, 1e-9), f"measured on {len(samples)} of these pictures")
         except PipelineError:  # the figures stand without it; extract will say what is wrong with the encoder
             pass
     try:
@@ -110,14 +130,14 @@ class PictureTime:
         return max(on_host, on_device) if self.beside else on_host + on_device
 
 
-def _measure(params: Params, samples: list[bytes]) -> PictureTime:
+def _measure(params: Params, member: Member, samples: list[bytes]) -> PictureTime:
     device = pick_device(params.runtime.device)
     use_fast_float32()
-    encoder = load_encoder(params.vision, device=device, batch=pick_batch(params.runtime.extract_batch, device))
+    encoder = load_member(member, device=device, batch=pick_batch(params.runtime.extract_batch, device))
     return time_pictures(encoder, samples, workers=pick_workers(params.runtime.workers))
 
 
-def time_pictures(encoder: Encoder, samples: list[bytes], *, workers: int) -> PictureTime:
+def time_pictures(encoder: Encoder | FusedEncoder, samples: list[bytes], *, workers: int) -> PictureTime:
     """Decoding and encoding timed apart, both warm; on a slow encoder with fewer batches."""
     pixels = [encoder.preprocess(data, where="sample") for data in samples]
     began = time.perf_counter()
@@ -129,7 +149,7 @@ def time_pictures(encoder: Encoder, samples: list[bytes], *, workers: int) -> Pi
     names, taken, begins = ["sample"] * encoder.batch, list[float](), time.perf_counter()
     while len(taken) < WARM + BATCHES and (len(taken) < 2 or time.perf_counter() - begins < LONG):
         began = time.perf_counter()
-        encoder.encode_rows(batch, names).cpu()
+        encoder.encode(batch, names).cpu()
         taken.append(time.perf_counter() - began)
     timed = sorted(taken[min(WARM, len(taken) - 1) :])
     return PictureTime(decoding, timed[len(timed) // 2] / encoder.batch, workers > 0 and encoder.device.type != "cpu")

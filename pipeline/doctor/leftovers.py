@@ -41,7 +41,7 @@ def unfinished_runs(root: Path) -> Iterator[Finding]:
 
 def unused_stores(root: Path) -> Iterator[Finding]:
     """Features of an encoder that no output has: links to them are gone, and no shard of data/features has their names."""
-    current = {path.name for path in (root / "data/features").glob("*.h5")}
+    current = {path.name for path in (root / "data/features").rglob("*.h5")}
     for store in sorted(path for path in (root / ".dvc/features").glob("*") if path.is_dir()):
         shards = list(store.glob("*.h5"))
         if shards and not any(shard.stat().st_nlink > 1 or shard.name in current for shard in shards):
@@ -59,7 +59,8 @@ def missing_models(root: Path) -> Iterator[Finding]:
         yield Finding(error.line() if isinstance(error, PipelineError) else "dvc.yaml has no stages", "python -m pipeline.params")
         return
     listed = {str(dep) for stage in stages for dep in stage.get("deps", [])}
-    for section, model in (("vision", params.vision.model), ("llm", params.llm.model)):
+    named = [*(("vision", member.model) for member in params.vision.members), ("llm", params.llm.model)]
+    for section, model in named:
         if model in listed and not (root / model / "config.json").is_file():
             yield Finding(f"{section}.model: {model} is no folder with a model", f"git checkout {model}, dvc pull, or set it anew")
 

@@ -13,6 +13,7 @@ import gguf
 import torch
 
 from pipeline.core import ARTEFACT, PipelineError
+from pipeline.export import idefics3
 from pipeline.export.gguf_file import write_file
 from pipeline.export.llava import language_tensors, projector_tensors
 from pipeline.export.processor import exported_tokenizer
@@ -42,6 +43,12 @@ def write_gguf(source: Source, folder: Path, *, dtype: str) -> list[str]:
 
 def check_runnable(source: Source) -> None:
     """Raises `PipelineError` naming the first thing that llama.cpp has no equal for."""
+    if idefics3.takes(source):
+        raise PipelineError(
+            "llama.cpp's idefics3 puts tokens around a picture, and shows it in tiles too, which training has not",
+            where="projector.kind, projector.merge",
+            remedy="export without --gguf, or train with projector.kind: mlp, projector.merge: none, projector.factor: 1",
+        )
     source.check_vision("llama.cpp's LLaVA")
     config, tower = source.language_model.config, source.encoder.tower.config
     if source.kind != "mlp":

@@ -48,12 +48,18 @@ def check_exportable(source: Source) -> None:
     tower = source.encoder.tower.config
     layer, depth = source.manifest.vision["layer"], tower.num_hidden_layers
     require_place(source.kind, family=tower.model_type, has_cls=source.has_cls, layer=layer, layers=depth)
+    check_language_model(source, "LLaVA")
+
+
+def check_language_model(source: Source, target: str) -> None:
+    """Raises `PipelineError` for a language model that `target` has no place for: all stock classes hold a backbone and a head."""
     if problem := out_of_place(source.language_model):
+        problem = problem.replace("LLaVA", target)
         raise PipelineError(
             problem, where="llm.model", remedy="python -m pipeline.chat runs it; to export, choose another", code=ARTEFACT
         )
     if logit_factor(source.language_model) is None:
-        problem = f"{type(source.language_model).__name__} does more to its logits than a factor, which LLaVA leaves out"
+        problem = f"{type(source.language_model).__name__} does more to its logits than a factor, which {target} leaves out"
         raise PipelineError(problem, where="llm.model", remedy="choose another llm.model", code=ARTEFACT)
 
 
@@ -163,12 +169,17 @@ def write_model(source: Source, folder: Path, dtype: str) -> int:
         # Readers older than Transformers 5, and vLLM, know the tower only with this prefix; 5 reads both.
         tensors[f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"] = tensor
     tensors |= dict(language_tensors(source.language_model))
+    _save_config(config, folder)
+    build_generation_config(source).save_pretrained(folder)
+    return write_weights(tensors, folder, dtype)
+
+
+def write_weights(tensors: dict[str, torch.Tensor], folder: Path, dtype: str) -> int:
+    """model.safetensors (or shards with an index) beside a config.json; returns the parameter count."""
     cast = {
         name: tensor.detach().to(DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in tensors.items()
     }
-    _save_config(config, folder)
-    build_generation_config(source).save_pretrained(folder)
     save_torch_state_dict(cast, folder, max_shard_size="5GB", metadata={"format": "pt"})
     for path in folder.glob("*.safetensors"):
         set_mode(path, (folder / "config.json").stat().st_mode)  # the writer leaves them to their owner alone

@@ -10,10 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from pipeline.core import RESOURCE, PipelineError, brief, publish_folder, writing
+from pipeline.export import idefics3, llava, processor
 from pipeline.export.card import write_card
-from pipeline.export.llava import write_model
 from pipeline.export.marker import check_target, write_marker
-from pipeline.export.processor import write_processor
 from pipeline.export.proof import Proof, heldout_rows, prove
 from pipeline.export.source import Source
 from pipeline.params import load
@@ -39,13 +38,20 @@ def export_model(folder: Path, out: Path, *, gguf: bool, dtype: str, rows: int) 
                 files = write_gguf(source, temporary, dtype=dtype)
         stock = Path(elsewhere) if gguf else temporary
         with writing(stock if gguf else out):
-            parameters = write_model(source, stock, dtype)
-            write_processor(source, stock)
+            parameters = write_stock(source, stock, dtype)
         proof = prove(source, stock, shown, max_new_tokens=params.evaluate.max_new_tokens)
         with writing(out):
             write_card(source, temporary, proof, parameters=parameters, dtype=dtype, gguf=gguf)
             write_marker(temporary, source.manifest, dtype=dtype)
     return _report(out, proof, files, parameters=parameters, dtype=dtype)
+
+
+def write_stock(source: Source, folder: Path, dtype: str) -> int:
+    """A Transformers folder of the class that has a place for this model; returns the parameter count."""
+    target = idefics3 if idefics3.takes(source) else llava
+    parameters = target.write_model(source, folder, dtype)
+    (idefics3 if target is idefics3 else processor).write_processor(source, folder)
+    return parameters
 
 
 def _report(out: Path, proof: Proof, files: list[str], *, parameters: int, dtype: str) -> str:

@@ -4,6 +4,7 @@ Reads a folder that `pipeline.export` has written, trained further elsewhere or 
 weights load strictly, and the manifest's encoder is compared again by whoever opens the checkpoint.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,20 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedConfig, VipLlavaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Idefics3Config,
+    LlavaConfig,
+    PreTrainedConfig,
+    VipLlavaConfig,
+)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from pipeline.core import ARTEFACT, PipelineError, brief, publish_folder, writing
+from pipeline.core import ARTEFACT, PipelineError, brief, publish_folder, write_json, writing
 from pipeline.core.loading import read_pretrained
+from pipeline.export.idefics3 import llava_name, siglip_config, siglip_processor
 from pipeline.export.marker import check_target, read_marker
 from pipeline.export.processor import own_template
 from pipeline.features import TOWERS, Encoder
@@ -35,6 +45,7 @@ from pipeline.vlm.model import (
     output_head,
 )
 
+IMAGE_KEYS = ("image_token", "model_specific_special_tokens")  # what the processor of an Idefics3 export asks the tokenizer for
 PARTS = {"language_model": "language_model.", "projector": "multi_modal_projector.", "tower": "vision_tower."}
 
 
@@ -49,7 +60,8 @@ def restore_model(folder: Path, out: Path, *, encoder: Path | None = None) -> st
         check_target(out)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
-    projector = build_projector(manifest.projector["kind"], manifest.projector["width"], manifest.projector["hidden"])
+    shape = manifest.projector
+    projector = build_projector(shape["kind"], shape["width"], shape["hidden"], *manifest.merging)
     _load_projector(projector, tensors["projector"], str(manifest.projector["kind"]), folder)
     with tempfile.TemporaryDirectory() as temporary:
         model, builder = _language_model(folder, Path(temporary), config, tensors["language_model"], manifest, projector)
@@ -66,23 +78,24 @@ def restore_model(folder: Path, out: Path, *, encoder: Path | None = None) -> st
 def _read_config(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise PipelineError("holds GGUF files, not a Transformers model", where=str(folder), remedy="export without --gguf")
-    for kind in (LlavaConfig, VipLlavaConfig):
+    for kind in (LlavaConfig, VipLlavaConfig, Idefics3Config):
         try:
             content, _ = PreTrainedConfig.get_config_dict(folder)
             if content.get("model_type") == kind.model_type:
                 return kind.from_dict(content)
         except (OSError, ValueError, TypeError) as error:
             raise PipelineError(f"not an export: {brief(error)}", where=str(folder), remedy="export again", code=ARTEFACT) from None
-    raise PipelineError("config.json is of no LLaVA model", where=str(folder), remedy="export again", code=ARTEFACT)
+    raise PipelineError("config.json is of no LLaVA or Idefics3 model", where=str(folder), remedy="export again", code=ARTEFACT)
 
 
 def _read_tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """All tensors in float32, by part; raises `PipelineError` for one that belongs to no part."""
     parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in PARTS}
-    for name, tensor in _stored_tensors(folder):
+    for stored, tensor in _stored_tensors(folder):
+        name = llava_name(stored)
         part = next((part for part, prefix in PARTS.items() if name.startswith(prefix)), None)
         if part is None:
-            raise PipelineError(f"tensor {name} belongs to no part of a LLaVA model", where=str(folder), code=ARTEFACT)
+            raise PipelineError(f"tensor {stored} belongs to no part of the model", where=str(folder), code=ARTEFACT)
         parts[part][name.removeprefix(PARTS[part])] = tensor.float() if tensor.is_floating_point() else tensor
     return parts
 
@@ -111,9 +124,8 @@ def _load_projector(projector: nn.Sequential, tensors: dict[str, torch.Tensor], 
                 "linear_1.weight": second @ tensors["linear_1.weight"],
                 "linear_1.bias": second @ tensors["linear_1.bias"] + bias,
             }
-        places = {
-            ours: f"{LAYERS[kind][place]}.{part}" for ours in projector.state_dict() for place, _, part in [ours.partition(".")]
-        }
+        places_of = LAYERS.get(kind, {"0": "linear_1"})
+        places = {ours: f"{places_of[place]}.{part}" for ours in projector.state_dict() for place, _, part in [ours.partition(".")]}
         state = {ours: tensors.pop(theirs) for ours, theirs in places.items()}
         if tensors:
             raise KeyError(min(tensors))
@@ -143,6 +155,9 @@ def _language_model(
     for name in ("padding_side", "processor_class"):
         tokenizer.init_kwargs.pop(name, None)
     tokenizer.save_pretrained(work)
+    if isinstance(config, Idefics3Config):
+        settings = json.loads((work / "tokenizer_config.json").read_text(encoding="utf-8"))
+        write_json(work / "tokenizer_config.json", {key: value for key, value in settings.items() if key not in IMAGE_KEYS})
     language_model = load_language_model(str(work))
     language_model.config._name_or_path = ""
     if (factor := logit_factor(language_model)) not in (None, 1):  # the export has it in the projection to the vocabulary
@@ -152,9 +167,17 @@ def _language_model(
         raise PipelineError(
             "language model and projector do not fit together", where=str(folder), remedy="export again", code=ARTEFACT
         )
-    tokens = int(config.image_seq_length)
+    tokens = _tokens(config)
     builder = PromptBuilder(str(work), image_token=manifest.llm["image_token"], tokens=tokens, date=manifest.llm.get("date", DATE))
     return VisionLanguageModel(projector, language_model), builder
+
+
+def _tokens(config: Any) -> int:
+    """Placeholders of a picture."""
+    if isinstance(config, Idefics3Config):
+        vision: Any = config.vision_config
+        return int((vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2)
+    return int(config.image_seq_length)
 
 
 def _own_names(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
@@ -174,8 +197,10 @@ def _write_encoder(
 ) -> dict[str, Any]:
     """The vision tower and its image processor as a folder that `vision.model` can name; returns what the manifest says of it."""
     check_target(out)
-    family = TOWERS[config.vision_config.model_type]
-    tower: Any = family(config.vision_config)
+    merged = isinstance(config, Idefics3Config)
+    vision_config = siglip_config(config.vision_config) if merged else config.vision_config
+    family = TOWERS[vision_config.model_type]
+    tower: Any = family(vision_config)
     state = {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
     try:
         tower.load_state_dict(state, strict=True)
@@ -186,7 +211,7 @@ def _write_encoder(
     processor = read_pretrained(AutoImageProcessor, str(folder), where="its image processor", backend="pil")
     with publish_folder(out) as temporary, writing(out):
         tower.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        (siglip_processor(processor) if merged else processor).save_pretrained(temporary)
     layer = vision["layer"]
     if layer != -1:  # counted in a tower that may have lost the layers behind it
         layer = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer

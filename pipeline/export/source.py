@@ -35,11 +35,15 @@ class Source:
         Raises `PipelineError` when the folder holds no model, or its encoder is not the one it was trained with.
         """
         manifest = checkpoint.read_manifest(folder)
+        if len(manifest.encoders) > 1:
+            problem = f"no stock class joins {len(manifest.encoders)} encoders"
+            raise PipelineError(problem, where="vision.model", remedy="train with one encoder; what can leave: docs/export.md")
         assistant = Assistant(folder, device="cpu")
-        assistant.precision = assistant.encoder.precision = "float32"
-        for module in (assistant.model, assistant.encoder.tower):
+        source = cls(Path(folder), manifest, assistant)
+        assistant.precision = source.encoder.precision = "float32"
+        for module in (source.model, source.encoder.tower):
             _round(module, DTYPES[dtype])
-        return cls(Path(folder), manifest, assistant)
+        return source
 
     @property
     def model(self) -> VisionLanguageModel:
@@ -51,7 +55,7 @@ class Source:
 
     @property
     def encoder(self) -> Encoder:
-        return self.assistant.encoder
+        return self.assistant.encoder.members[0]
 
     @property
     def builder(self) -> PromptBuilder:
@@ -64,18 +68,23 @@ class Source:
 
     def check_vision(self, target: str) -> None:
         """Raises `PipelineError` where `target`, made for CLIP and SigLIP, has no place for this encoder or for merged patches."""
-        family, (merge, factor) = self.manifest.vision["spec"]["config"].get("family"), self.manifest.merging
-        if family:
-            remedy = "train with a CLIP or SigLIP encoder"
-            raise PipelineError(f"{target} takes no {family} encoder", where="vision.model", remedy=remedy)
-        if pool := self.manifest.vision["spec"].get("pool"):
-            raise PipelineError(f"{target} has no place for features pooled {pool} × {pool}", remedy="train with vision.pool: 1")
+        self.check_rows(target)
+        merge, factor = self.manifest.merging
         if merge != "none":
             raise PipelineError(
                 f"{target} has no place for a projector that merges patches ({merge}, {factor} × {factor})",
                 where="projector.merge",
                 remedy="train with projector.merge: none, projector.factor: 1",
             )
+
+    def check_rows(self, target: str) -> None:
+        """Raises `PipelineError` where no class of Transformers gives the patch features that were trained on."""
+        family = self.manifest.vision["spec"]["config"].get("family")
+        if family:
+            remedy = "train with a CLIP or SigLIP encoder"
+            raise PipelineError(f"{target} takes no {family} encoder", where="vision.model", remedy=remedy)
+        if pool := self.manifest.vision["spec"].get("pool"):
+            raise PipelineError(f"{target} has no place for features pooled {pool} × {pool}", remedy="train with vision.pool: 1")
 
     @property
     def depth(self) -> int:

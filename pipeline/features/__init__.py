@@ -10,19 +10,27 @@ sources      what training asks for features: the store or the live encoder
 
 from pipeline.features.decoding import ImageFile
 from pipeline.features.distinct import distinct_images
-from pipeline.features.encoder.encoder import Encoder, load_encoder
+from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.encoder.fused import (
+    FusedEncoder,
+    common_tokens,
+    describe_encoders,
+    join_encoders,
+    load_encoder,
+    load_member,
+    shape_of,
+)
 from pipeline.features.encoder.preprocess import Preprocessor
-from pipeline.features.encoder.tower import ANY_SIZE, TOWERS, side_of, tower_class
+from pipeline.features.encoder.tower import TOWERS, side_of, tower_class
 from pipeline.features.extraction import Extraction, Processes, extract
 from pipeline.features.resampling import KEY as RESAMPLING
 from pipeline.features.resampling import warn_of_resampling
-from pipeline.features.sources import FeatureSource, LiveFeatures, NoFeatures, StoredFeatures
+from pipeline.features.sources import FeatureSource, LiveFeatures, NoFeatures, stored_features
 from pipeline.features.store.row_format import Float16Format, Int8Format, RowFormat
 from pipeline.features.store.shards import row_bytes, write_shard
-from pipeline.features.store.store import FeatureStore, write_index
+from pipeline.features.store.store import FeatureStore, member_folders, write_index
 
 __all__ = [
-    "ANY_SIZE",
     "RESAMPLING",
     "TOWERS",
     "Encoder",
@@ -30,6 +38,7 @@ __all__ = [
     "FeatureSource",
     "FeatureStore",
     "Float16Format",
+    "FusedEncoder",
     "ImageFile",
     "Int8Format",
     "LiveFeatures",
@@ -37,12 +46,18 @@ __all__ = [
     "Preprocessor",
     "Processes",
     "RowFormat",
-    "StoredFeatures",
+    "common_tokens",
+    "describe_encoders",
     "distinct_images",
     "extract",
+    "join_encoders",
     "load_encoder",
+    "load_member",
+    "member_folders",
     "row_bytes",
+    "shape_of",
     "side_of",
+    "stored_features",
     "tower_class",
     "warn_of_resampling",
     "write_index",

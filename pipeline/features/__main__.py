@@ -5,6 +5,7 @@ Reads data/features (or another folder). `verify` reads every byte; `show` also 
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from pipeline.core import ARTEFACT, PipelineError, enter_project, exit_on_error, run_command, unseal
 from pipeline.features.store.shards import Shard
-from pipeline.features.store.store import INDEX, FeatureStore
+from pipeline.features.store.store import INDEX, FeatureStore, member_folders
 from pipeline.params import load
 from pipeline.records import Record, decode, digest, open_dataset
 
@@ -30,13 +31,13 @@ DEFAULT = Path("data/features")
 @app.command()
 def info(folder: Folder = DEFAULT) -> None:
     """What the store holds and which encoder made it."""
-    exit_on_error(lambda: _info(*enter_project(reads=[folder])))
+    exit_on_error(lambda: _of_each(_info, *enter_project(reads=[folder])))
 
 
 @app.command()
 def verify(folder: Folder = DEFAULT) -> None:
     """Read every byte: seals, checksums, finite values. Bad rows are listed by image; exit code 4 when there are any."""
-    exit_on_error(lambda: _verify(*enter_project(reads=[folder])))
+    exit_on_error(lambda: _of_each(_verify, *enter_project(reads=[folder])))
 
 
 @app.command()
@@ -52,6 +53,12 @@ def show(
         _show(read, written, count)
 
     exit_on_error(work)
+
+
+def _of_each(work: Callable[[Path], None], folder: Path) -> None:
+    """The store of each encoder, where there are several."""
+    for part in member_folders(folder):
+        work(part)
 
 
 def _info(folder: Path) -> None:
@@ -97,7 +104,7 @@ def _verify(folder: Path) -> None:
 
 
 def _show(folder: Path, out: Path, count: int) -> None:
-    store, source = FeatureStore(folder), open_dataset(load().data.pretrain)
+    stores, source = [FeatureStore(part) for part in member_folders(folder)], open_dataset(load().data.pretrain)
     files: dict[bytes, tuple[str, bytes]] = {}
     for record in source.records():
         for name in record.images if isinstance(record, Record) else ():
@@ -106,8 +113,8 @@ def _show(folder: Path, out: Path, count: int) -> None:
         if len(files) >= count:
             break
     shown = list(files.items())[:count]
-    rows = store.locate(np.frombuffer(b"".join(key for key, _ in shown), np.uint8).reshape(-1, 32))
-    colours = main_directions(store.read(rows))
+    keys = np.frombuffer(b"".join(key for key, _ in shown), np.uint8).reshape(-1, 32)
+    colours = main_directions(torch.cat([store.read(store.locate(keys)) for store in stores], dim=2))
     side = 128
     columns = min(4, len(shown))
     sheet = Image.new("RGB", (columns * (2 * side + 12), -(-len(shown) // columns) * (side + 8)), "white")
@@ -116,7 +123,7 @@ def _show(folder: Path, out: Path, count: int) -> None:
         sheet.paste(decode(data, where=name).resize((side, side)), (x, y))
         sheet.paste(Image.fromarray(colours[i]).resize((side, side), Image.Resampling.NEAREST), (x + side, y))
     sheet.save(out)
-    print(f"{out}: {len(shown)} images, each beside its {store.tokens} patches")
+    print(f"{out}: {len(shown)} images, each beside its {stores[0].tokens} patches")
 
 
 def main_directions(features: torch.Tensor) -> np.ndarray:

@@ -4,7 +4,7 @@ Both return float16 rows, and the live encoder's are rounded as the stored ones 
 """
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
@@ -14,6 +14,7 @@ import torch
 
 from pipeline.core import ARTEFACT, PipelineError
 from pipeline.features.encoder.encoder import Encoder
+from pipeline.features.encoder.fused import FusedEncoder
 from pipeline.features.store.buffers import BufferPool
 from pipeline.features.store.store import FeatureStore
 from pipeline.records import Images, digest
@@ -105,6 +106,33 @@ class StoredFeatures:
         return copied
 
 
+class JoinedFeatures:
+    """Stored features of several encoders, joined in the channel as they are read: [S, P, the sum of their widths]."""
+
+    def __init__(self, parts: Sequence[StoredFeatures]) -> None:
+        self._parts = parts
+        self.tokens, self.width = parts[0].tokens, sum(part.width for part in parts)
+
+    def announce(self, slots: np.ndarray) -> None:
+        for part in self._parts:
+            part.announce(slots)
+
+    def load(self, slots: np.ndarray) -> list[torch.Tensor]:
+        return [part.load(slots) for part in self._parts]
+
+    def features(self, loaded: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([part.features(rows) for part, rows in zip(self._parts, loaded, strict=True)], dim=2)
+
+    def stream(self, items: Iterable[tuple[T, list[torch.Tensor]]]) -> Iterator[tuple[T, torch.Tensor]]:
+        return ((item, self.features(loaded)) for item, loaded in items)
+
+
+def stored_features(stores: Sequence[FeatureStore], slots: ImageSlots, device: torch.device = CPU) -> FeatureSource:
+    """Features from the store of each encoder."""
+    parts = [StoredFeatures(store, slots, device) for store in stores]
+    return parts[0] if len(parts) == 1 else JoinedFeatures(parts)
+
+
 class LiveFeatures:
     """Features computed from the image files as they are needed.
 
@@ -112,12 +140,12 @@ class LiveFeatures:
     taken from `cache_bytes` of its memory: a row's bits do not depend on its batch, so this changes nothing but the time.
     """
 
-    def __init__(self, encoder: Encoder, root: Images, slots: ImageSlots, *, cache_bytes: int = 0) -> None:
+    def __init__(self, encoder: Encoder | FusedEncoder, root: Images, slots: ImageSlots, *, cache_bytes: int = 0) -> None:
         self._encoder, self._root = encoder, root
         self.tokens, self.width = encoder.tokens, encoder.width
         self._names, self._hashes = slots.image_names(), slots.image_hashes()
         self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-        self._pixels_pool = BufferPool((3, *encoder.preprocess.size()), np.dtype(np.uint8), encoder.tower.device)
+        self._pixels_pool = BufferPool(encoder.pixel_shape, np.dtype(np.uint8), encoder.device)
         self._room = cache_bytes // (encoder.tokens * encoder.width * 2)
 
     def announce(self, slots: np.ndarray) -> None:

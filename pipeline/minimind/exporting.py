@@ -31,6 +31,9 @@ def export_folder(source: Path, path: Path, *, dtype: str) -> list[str]:
     kind = ""
     if (source / checkpoint.MANIFEST).is_file():
         loaded, manifest = checkpoint.load(source)
+        if len(manifest.encoders) > 1:
+            problem = f"MiniMind-V has one encoder, this model joins {len(manifest.encoders)}"
+            raise PipelineError(problem, where=where, remedy="train with one: vision.model")
         model, kind = loaded.language_model, manifest.projector["kind"]
         projector = to_minimind(loaded.projector, kind)
     elif (source / "config.json").is_file():

@@ -133,7 +133,7 @@ def _prepare_checkpoint(
         lacks = "a projector, which this file has not" if projector is None else "a tokenizer"
         remedy = "leave --checkpoint out" if projector is None else "add --tokenizer"
         raise PipelineError(f"--checkpoint needs {lacks}", remedy=remedy)
-    from pipeline.features import load_encoder
+    from pipeline.features import describe_encoders, load_encoder
     from pipeline.params import load
 
     params = load()
@@ -141,13 +141,12 @@ def _prepare_checkpoint(
     encoder = load_encoder(vision, device=pick_device(params.runtime.device), batch=1)
     if encoder.width != projector.width:
         raise PipelineError(
-            f"the projector takes features of width {projector.width}, {vision.model} gives {encoder.width}",
+            f"the projector takes features of width {projector.width}, {encoder.name} gives {encoder.width}",
             where="params.yaml",
             remedy="set vision.model to the encoder it was trained on",
         )
-    keys = ("model", "revision", "layer", "precision")
     manifest = Manifest(
-        vision={**{key: getattr(vision, key) for key in keys}, "spec": encoder.spec()},
+        vision=describe_encoders(vision, encoder),
         llm={"model": str(out), "revision": "", "image_token": image_token},
         projector={"kind": projector.kind, "width": projector.width, "hidden": projector.hidden},
         own_llm=True,

@@ -5,7 +5,21 @@ stage_view   one stage's part of it          `python -m pipeline.params [key=val
 """
 
 from pipeline.params.reading import check, load, override, read_yaml, validated
-from pipeline.params.schema import Columns, Data, Dataset, HeldOut, LanguageModel, Params, Part, Section, Tokenize, Training, Vision
+from pipeline.params.schema import (
+    Columns,
+    Data,
+    Dataset,
+    HeldOut,
+    LanguageModel,
+    Member,
+    Params,
+    Part,
+    Projector,
+    Section,
+    Tokenize,
+    Training,
+    Vision,
+)
 from pipeline.params.stage_view import StageParams, load_for_stage
 
 __all__ = [
@@ -14,8 +28,10 @@ __all__ = [
     "Dataset",
     "HeldOut",
     "LanguageModel",
+    "Member",
     "Params",
     "Part",
+    "Projector",
     "Section",
     "StageParams",
     "Tokenize",

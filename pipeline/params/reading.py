@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.core import PipelineError, brief
-from pipeline.params.schema import Params, Section, keys_of
+from pipeline.params.schema import Params, Section, Vision, keys_of
 
 S = TypeVar("S", bound=Section)
 
@@ -81,6 +81,7 @@ def _require_text(content: Any, key: str) -> None:
 def check(content: dict[str, Any], *, where: str) -> Params:
     """Validate the content of a params file; raises `PipelineError` naming the first wrong key."""
     params = validated(Params, content, where=where)
+    _require_whole_members(params.vision, where)
     if params.vision.precision == "float16" and params.runtime.device == "cpu":
         raise PipelineError("vision.precision float16 needs a GPU", where=where, remedy="use auto")
     if params.projector.merge == "none" and params.projector.factor > 1:
@@ -99,6 +100,23 @@ def validated(schema: type[S], content: dict[str, Any], *, where: str) -> S:
         return schema.model_validate(content)
     except ValidationError as error:
         raise _explain(error, where) from None
+
+
+def _require_whole_members(vision: Vision, where: str) -> None:
+    """Raises `PipelineError` unless every encoder has its values, and none stands there twice."""
+    models = len(vision.model) if isinstance(vision.model, list) else 0
+    if models == 1 or vision.model == []:
+        raise PipelineError(f"vision.model is a list of {models}", where=where, remedy="name one encoder, or several to join")
+    for key in ("revision", "layer", "pool"):
+        value = getattr(vision, key)
+        if isinstance(value, list) and len(value) != models:
+            named = f"{models} encoders" if models else "one encoder, not a list"
+            problem = f"vision.{key} is a list of {len(value)}, but vision.model names {named}"
+            raise PipelineError(problem, where=where, remedy=f"give vision.{key} one value for all, or one for each encoder")
+    members = [(each.model, each.revision, each.layer) for each in vision.members]
+    if twice := next((each for each in members if members.count(each) > 1), None):
+        problem = f"vision.model names {twice[0]} twice with the same layer"
+        raise PipelineError(problem, where=where, remedy="name it once, or give vision.layer a list with another layer for each")
 
 
 def _explain(error: ValidationError, where: str) -> PipelineError:

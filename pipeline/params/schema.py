@@ -1,9 +1,9 @@
 """What params.yaml may hold: every key is required and checked, so a default lives in params.yaml only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
@@ -114,14 +114,48 @@ class Data(Section):
     max_bad_share: Share
 
 
+def _for_each(kind: type, expected: str, fits: Callable[[Any], bool] = lambda _: True) -> PlainValidator:
+    """A value, or a list of values, one for each encoder."""
+
+    def check(value: Any) -> Any:
+        values = value if isinstance(value, list) else [value]
+        if not all(type(one) is kind and fits(one) for one in values):  # true is no number
+            raise ValueError(f"expected {expected}, or a list of them, one for each encoder")
+        return value
+
+    return PlainValidator(check)
+
+
 class Vision(Section):
-    model: Annotated[str, Field(min_length=1)]
+    """`model` may be a list: encoders whose features are joined in the channel. `revision`, `layer` and `pool` hold for each of
+    them, or are lists as long."""
+
+    model: Annotated[str | list[str], _for_each(str, "a folder or hub id", bool)]
+    revision: Annotated[str | list[str], _for_each(str, "a text")]
+    layer: Annotated[int | list[int], _for_each(int, "a whole number")]
+    precision: Precision
+    storage: Literal["float16", "int8"]
+    pool: Annotated[int | list[int], _for_each(int, "a number from 1 to 4", lambda pool: 1 <= pool <= 4)]
+    shard_rows: Positive
+
+    @property
+    def members(self) -> list["Member"]:
+        """What is said of each encoder, in the order in which their channels stand."""
+        keys = {key: getattr(self, key) for key in Member._fields}
+        count = len(self.model) if isinstance(self.model, list) else 1
+        each = {key: value if isinstance(value, list) else [value] * count for key, value in keys.items()}
+        return [Member(**{key: values[number] for key, values in each.items()}) for number in range(count)]
+
+
+class Member(NamedTuple):
+    """One encoder of `Vision`."""
+
+    model: str
     revision: str
     layer: int
     precision: Precision
     storage: Literal["float16", "int8"]
-    pool: Annotated[int, Field(ge=1, le=4)]
-    shard_rows: Positive
+    pool: int
 
 
 def _date(value: Any) -> Any:
@@ -149,7 +183,7 @@ class Tokenize(Section):
 
 
 class Projector(Section):
-    kind: Literal["linear", "mlp", "mlp3x", "norm_mlp"]
+    kind: Literal["linear", "linear_nobias", "mlp", "mlp3x", "norm_mlp"]
     merge: Literal["none", "shuffle", "pool"]
     factor: Annotated[int, Field(ge=1, le=4)]
 

@@ -47,7 +47,7 @@ def use(
 
 def take(files: Files, model: str, image_token: str | None = None) -> str:
     """Change `files` so that they name `model`; returns what was decided. Raises `PipelineError` for what is none."""
-    before = {section: str(files.params[section]["model"]) for section in ("vision", "llm")}
+    before = {section: files.params[section]["model"] for section in ("vision", "llm")}
     ready = READY / f"{model}.yaml"
     said = _take_ready(files, ready) if ready.is_file() else _take_one(files, model, image_token)
     list_model_folders(files.params, files.dvc, before)
@@ -78,7 +78,8 @@ def _take_one(files: Files, model: str, image_token: str | None) -> str:
             raise PipelineError("no ready file, folder or hub id", where=model, remedy=f"ready are {known}") from None
         raise unloadable(model, error, where="glance use") from None
     if kind in TOWERS:
-        files.change("vision", {"model": model, "revision": "", "layer": -1})
+        pool = {"pool": 1} if isinstance(files.params["vision"]["pool"], list) else {}
+        files.change("vision", {"model": model, "revision": "", "layer": -1, **pool})
         return f"{model} is a {kind} encoder: vision.model"
     token = image_token or _image_token(model)
     files.change("llm", {"model": model, "revision": "", "image_token": token})

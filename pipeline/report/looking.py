@@ -45,7 +45,7 @@ def add_heat(cards: list[dict[str, Any]], dataset: Dataset, model: Path) -> str:
             methods = [GRADIENT]
             seen = look_back(assistant, turns, files, methods)
         sizes = [decode(data, where=name).size for data, name in zip(files, card["names"], strict=True)]
-        boxes = [find_box(assistant.encoder.preprocess, size) for size in sizes]
+        boxes = [find_box(assistant.encoder.members[0].preprocess, size) for size in sizes]
         card["heat"] = _heat(seen, sizes, boxes)
         held += sum(len(picture) for method in methods for word in card["heat"][method] for picture in word)
     return problem

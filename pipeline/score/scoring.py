@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pipeline.chat.assistant import Assistant
 from pipeline.core import BAD_ROWS, PipelineError, main_checkout, make_folder, publish_folder, to_json, writing
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_fast_float32
-from pipeline.features import FeatureStore, ImageFile, NoFeatures, StoredFeatures, extract
+from pipeline.features import FeatureStore, ImageFile, NoFeatures, extract, member_folders, stored_features
 from pipeline.params import Params
 from pipeline.records import ImageSlot, Record, Turn
 from pipeline.score.benchmark import Asked, Benchmark
@@ -122,26 +122,27 @@ def _extract(model: Model, benchmark: Benchmark, parts: list[Path], work: Path) 
         own = table.image_names().to_pylist()
         for number, key in enumerate(map(bytes, table.image_hashes())):
             names.setdefault(key, own[number])
-    encoder, params = model.assistant.encoder, model.params
+    members, params = model.assistant.encoder.members, model.params
     use_fast_float32()
-    extract(
-        [ImageFile(benchmark.images, name) for name in names.values()],
-        np.frombuffer(b"".join(names), np.uint8).reshape(-1, 32),
-        encoder,
-        stores=[main_checkout() / store for store in params.runtime.feature_stores],
-        out=work / "features",
-        shard_rows=params.vision.shard_rows,
-        workers=pick_workers(params.runtime.workers),
-    )
+    for encoder, out in zip(members, member_folders(work / "features", len(members)), strict=True):
+        extract(
+            [ImageFile(benchmark.images, name) for name in names.values()],
+            np.frombuffer(b"".join(names), np.uint8).reshape(-1, 32),
+            encoder,
+            stores=[main_checkout() / store for store in params.runtime.feature_stores],
+            out=out,
+            shard_rows=params.vision.shard_rows,
+            workers=pick_workers(params.runtime.workers),
+        )
 
 
 def _answered(model: Model, benchmark: Benchmark, parts: list[Path], work: Path) -> Iterator[pa.Table]:
     """The rows of the predictions, a part at a time."""
-    assistant, store = model.assistant, FeatureStore(work / "features")
+    assistant, stores = model.assistant, [FeatureStore(folder) for folder in member_folders(work / "features")]
     asking = Answering(benchmark.task.tokens, model.params.runtime.eval_batch, MICRO_TOKENS)
     for part in parts:
         table = TokenTable(part)
-        seen = Examples(table, StoredFeatures(store, table, assistant.device), assistant.builder.image_id, None, assistant.factor)
+        seen = Examples(table, stored_features(stores, table, assistant.device), assistant.builder.image_id, None, assistant.factor)
         unseen = replace(seen, source=NoFeatures(seen.source))
         asked, with_model = find_questions(table), (model.accelerator, assistant.builder)
         answers = answer_questions(assistant.model, seen, *with_model, asking, asked)

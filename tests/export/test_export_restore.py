@@ -131,7 +131,7 @@ def damaged(export: Path, folder: Path, damage: str) -> Path:
         ("gone", "no weights here"),
         ("marker", "glance_export.json: not an export: "),
         ("marker of nothing", "glance_export.json: not an export: 'model'"),
-        ("other config", "is of no LLaVA model"),
+        ("other config", "is of no LLaVA or Idefics3 model"),
         ("multi_modal_projector.linear_1.weight", "not those of a mlp projector"),
         ("multi_modal_projector.linear_2.bias", "not those of a mlp projector: 'linear_2.bias'"),
         ("language_model.model.norm.weight", "missing keys: model.norm.weight"),

@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import pytest
 from hypothesis import given, settings
@@ -50,6 +50,8 @@ def type_of(key: str) -> type:
     for part in sections:
         section = section.model_fields[part].annotation
     kind = section.model_fields[name].annotation
+    if any(get_origin(each) is list for each in get_args(kind)):  # a value, or a list of one for each encoder
+        kind = get_args(kind)[0]
     return list if get_origin(kind) is list else kind if kind in (int, float, bool) else str
 
 
@@ -306,3 +308,27 @@ def test_an_unknown_stage_or_param_in_dvc_yaml_is_an_error(tmp_path: Path, stage
     (tmp_path / "dvc.yaml").write_text(f"stages:\n  extract:\n    cmd: x\n    params: [{params}]\n")
     with pytest.raises(PipelineError, match=said):
         load_for_stage(stage, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": ["a"]}, "vision.model is a list of 1"),
+        ({"model": []}, "vision.model is a list of 0"),
+        ({"layer": [-1, -2]}, "vision.layer is a list of 2, but vision.model names one encoder, not a list"),
+        ({"model": ["a", "b"], "pool": [1, 2, 1]}, "vision.pool is a list of 3, but vision.model names 2 encoders"),
+        ({"model": ["a", "b"], "pool": [1, 5]}, "vision.pool: expected a number from 1 to 4"),
+        ({"model": ["a", "a"], "pool": [1, 2]}, "vision.model names a twice with the same layer"),
+    ],
+)
+def test_encoders_that_are_joined_have_a_value_each(changes: dict[str, Any], words: str) -> None:
+    content = copy.deepcopy(CONTENT)
+    content["vision"] |= changes
+    assert words in complaint(content)
+
+
+def test_each_encoder_has_its_values_and_those_of_all() -> None:
+    content = copy.deepcopy(CONTENT)
+    content["vision"] |= {"model": ["a", "b"], "layer": [-1, -2], "storage": "int8"}
+    members = check(content, where="params.yaml").vision.members
+    assert [(each.model, each.layer, each.pool, each.storage) for each in members] == [("a", -1, 1, "int8"), ("b", -2, 1, "int8")]

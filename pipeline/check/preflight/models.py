@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pipeline.check.costs import encoder_shape
 from pipeline.check.preflight.findings import Finding
-from pipeline.check.preflight.project import Project
+from pipeline.check.preflight.project import EncoderParts, Project
 from pipeline.core import PipelineError, merged_tokens
 from pipeline.features import side_of, tower_class
 from pipeline.vlm.model import checkpoint
@@ -19,16 +19,29 @@ WHOLE = "copy or download it again"
 
 
 def check_encoder(project: Project) -> Iterator[Finding]:
-    """The vision encoder: its folder, family, number format, layer and preprocessor."""
-    vision, config, where = project.params.vision, project.vision_config, "vision.model"
-    if project.is_made_later(vision.model):
+    """The vision encoders: folder, family, number format, layer and preprocessor of each, and what they come to."""
+    for parts in project.encoders:
+        if not project.is_made_later(parts.named.model):
+            found = list(_encoder(parts))
+            yield from found
+            if found or parts.tower_config is None:
+                return
+    if any(project.is_made_later(parts.named.model) for parts in project.encoders):
         return
+    try:
+        merged_tokens(encoder_shape(project.params).tokens, project.params.projector.factor)
+    except PipelineError as error:
+        yield Finding.of(error)
+
+
+def _encoder(parts: EncoderParts) -> Iterator[Finding]:
+    vision, config, where = parts.named, parts.config, "vision.model"
     yield from _folder(vision.model, where)
     if isinstance(config, PipelineError):
         yield Finding.of(config)
         return
     yield from _quantised(config, vision.model, where)
-    tower = project.tower_config
+    tower = parts.tower_config
     if tower is None:
         try:
             tower_class(vision.model, config.model_type)
@@ -38,10 +51,9 @@ def check_encoder(project: Project) -> Iterator[Finding]:
     if not -tower.num_hidden_layers - 1 <= vision.layer <= tower.num_hidden_layers:
         yield Finding(f"is {vision.layer}; {vision.model} has {tower.num_hidden_layers} layers", "vision.layer", "set vision.layer")
     try:
-        if isinstance(project.preprocessor, PipelineError):
-            raise project.preprocessor
-        side_of(tower, project.preprocessor.size(), vision.model)
-        merged_tokens(encoder_shape(project.params).tokens, project.params.projector.factor)
+        if isinstance(parts.preprocessor, PipelineError):
+            raise parts.preprocessor
+        side_of(tower, parts.preprocessor.size(), vision.model)
     except PipelineError as error:
         yield Finding.of(error)
 

@@ -13,7 +13,7 @@ from pipeline.check.costs import encoder_shape
 from pipeline.core import PipelineError, brief, merged_tokens
 from pipeline.core.loading import read_pretrained
 from pipeline.features import TOWERS, Preprocessor
-from pipeline.params import Params, read_yaml
+from pipeline.params import Member, Params, read_yaml
 from pipeline.text import PromptBuilder
 
 
@@ -56,25 +56,9 @@ class Project:
         return _configuration(llm.model, llm.revision, "llm.model")
 
     @cached_property
-    def vision_config(self) -> Any:
-        """The encoder's configuration, or the error."""
-        vision = self.params.vision
-        return _configuration(vision.model, vision.revision, "vision.model")
-
-    @cached_property
-    def tower_config(self) -> Any | None:
-        """Of the vision tower; None for a model that has none that is known here."""
-        config = self.vision_config
-        if isinstance(config, PipelineError) or config.model_type not in TOWERS:
-            return None
-        return getattr(config, "vision_config", config)
-
-    @cached_property
-    def preprocessor(self) -> Preprocessor | PipelineError:
-        try:
-            return Preprocessor(self.params.vision.model, self.params.vision.revision)
-        except PipelineError as error:
-            return error
+    def encoders(self) -> list["EncoderParts"]:
+        """Each encoder that params name."""
+        return [EncoderParts(member) for member in self.params.vision.members]
 
     @property
     def patches(self) -> int:
@@ -115,6 +99,32 @@ class Project:
         """Name, section and data set of each training stage."""
         yield "pretrain", self.params.pretrain, self.params.data.pretrain
         yield "sft", self.params.sft, self.params.data.sft
+
+
+class EncoderParts:
+    """What can be read of one encoder without its weights."""
+
+    def __init__(self, named: Member) -> None:
+        self.named = named
+
+    @cached_property
+    def config(self) -> Any:
+        """The encoder's configuration, or the error."""
+        return _configuration(self.named.model, self.named.revision, "vision.model")
+
+    @cached_property
+    def tower_config(self) -> Any | None:
+        """Of the vision tower; None for a model that has none that is known here."""
+        if isinstance(self.config, PipelineError) or self.config.model_type not in TOWERS:
+            return None
+        return getattr(self.config, "vision_config", self.config)
+
+    @cached_property
+    def preprocessor(self) -> Preprocessor | PipelineError:
+        try:
+            return Preprocessor(self.named.model, self.named.revision)
+        except PipelineError as error:
+            return error
 
 
 def _plain(path: Path) -> str:

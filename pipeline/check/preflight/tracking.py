@@ -27,7 +27,7 @@ def check_tracking(project: Project) -> Iterator[Finding]:
 
 def _inputs(project: Project) -> set[Path]:
     params, data = project.params, project.params.data
-    named = [params.vision.model, params.llm.model, params.sft.start]
+    named = [*(member.model for member in params.vision.members), params.llm.model, params.sft.start]
     named += [name for part in (data.pretrain, data.sft, data.heldout) for name in (part.records, part.images)]
     return {Path(name) for name in named}
 

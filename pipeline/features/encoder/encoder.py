@@ -29,26 +29,11 @@ from pipeline.features.store.row_format import (
     constants_digest,
     measure_constants,
 )
-from pipeline.params import Vision
 
 FEATURES_VERSION = 4  # part of every fingerprint: raise it when pipeline/features/encoder computes other numbers
 
 # What decides a feature in some family, beside the weights and the numbers that all have.
 SWITCHES = ("mlp_ratio", "num_register_tokens", "rope_parameters", "rope_theta", "use_swiglu_ffn", "use_gated_mlp")
-
-
-def load_encoder(vision: Vision, *, device: torch.device, batch: int) -> "Encoder":
-    """The frozen encoder that the section `vision` of params.yaml names."""
-    return Encoder(
-        vision.model,
-        revision=vision.revision,
-        layer=vision.layer,
-        precision=vision.precision,
-        storage=vision.storage,
-        pool=vision.pool,
-        device=device,
-        batch=batch,
-    )
 
 
 class Encoder(nn.Module):
@@ -133,6 +118,16 @@ class Encoder(nn.Module):
         if self.layer != -1:
             keep_layers(tower, self._state)
         return tower
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """Of a picture's pixels, as `encode` takes them."""
+        return 3, self.side, self.side
+
+    @property
+    def members(self) -> list["Encoder"]:
+        """The encoders that this one is made of: itself. See `FusedEncoder`."""
+        return [self]
 
     def drop_tower(self) -> None:
         """Give the weights' memory back where only `spec`, `tokens` and `width` are still asked for."""

@@ -41,9 +41,10 @@ class Preprocessor:
             raise self._refused(f"cannot be followed: {brief(error)}") from None
 
     def __call__(self, data: bytes, *, where: str) -> np.ndarray:
-        return self._pixels(decode(data, where=where))
+        return self.pixels(decode(data, where=where))
 
-    def _pixels(self, picture: Image.Image) -> np.ndarray:
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """Of a picture that is decoded."""
         pixels = self._processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
         return np.ascontiguousarray(pixels, dtype=np.uint8)
 
@@ -52,7 +53,7 @@ class Preprocessor:
         width, height = size
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
         wanted = np.asarray(self._processor(picture, return_tensors="np")["pixel_values"][0])
-        pixels = self._pixels(picture)
+        pixels = self.pixels(picture)
         if wanted.shape != pixels.shape or pixels.ndim != 3 or len(pixels) != 3:
             raise self._refused(f"gives values of shape {wanted.shape}, expected 3 channels first", "data_format", "do_pad")
         mean, std = (np.array(values).reshape(3, 1, 1) for values in (self.mean, self.std))

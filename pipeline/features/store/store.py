@@ -166,6 +166,16 @@ def write_index(folder: Path, shards: Sequence[tuple[str, int]], spec: dict[str,
     write_json(folder / INDEX, seal({"shards": listed, "spec": spec}))
 
 
+def member_folders(folder: Path, count: int = 0) -> list[Path]:
+    """Where the store of each encoder lies: `folder` itself for one encoder, numbered folders in it for several.
+
+    `count` is how many there are; 0: as many as are there.
+    """
+    if not count:
+        count = 1 if (folder / INDEX).exists() else max(1, len(list(folder.glob(f"[0-9]*/{INDEX}"))))
+    return [folder] if count == 1 else [folder / str(number) for number in range(1, count + 1)]
+
+
 def _short(value: object) -> str:
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 40 else f"{text[:39]}…"

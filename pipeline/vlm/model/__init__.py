@@ -22,10 +22,11 @@ from pipeline.vlm.model.probing import logit_factor, mixes_conversations, requir
 from pipeline.vlm.model.projector import build_projector
 from pipeline.vlm.model.roles import backbone, backbone_name, decoder_layers, output_head
 from pipeline.vlm.model.sharding import full_tensor, gather_weights, gathered, reshard, shard_like, shard_model, sync_gradients
-from pipeline.vlm.model.standard import LAYERS, out_of_place, require_place
+from pipeline.vlm.model.standard import BIASLESS, LAYERS, out_of_place, require_idefics3, require_place
 from pipeline.vlm.model.vlm import VisionLanguageModel
 
 __all__ = [
+    "BIASLESS",
     "GREEDY",
     "LAYERS",
     "PACKED",
@@ -54,6 +55,7 @@ __all__ = [
     "out_of_place",
     "output_head",
     "require_fit",
+    "require_idefics3",
     "require_place",
     "reshard",
     "shard_like",

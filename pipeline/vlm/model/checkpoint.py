@@ -46,7 +46,8 @@ class Manifest:
     """What is needed to put a checkpoint together again.
 
     Attributes:
-        vision: model, revision, layer of the encoder, and `spec`, what its features depend on.
+        vision: model, revision, layer of the encoder, and `spec`, what its features depend on; of several `members`, such a
+            section for each.
         llm: model, revision and image_token of the language model the run started from, and where it stays frozen `files`,
             the checksums of its files by name; `date` where its template writes one.
         projector: kind, width (Dv), hidden (D); merge and factor where patches are merged.
@@ -57,6 +58,12 @@ class Manifest:
     llm: dict[str, Any]
     projector: dict[str, Any]
     own_llm: bool
+
+    @property
+    def encoders(self) -> list[dict[str, Any]]:
+        """The section of each encoder, in the order in which their channels stand."""
+        members: list[dict[str, Any]] = self.vision.get("members", [self.vision])
+        return members
 
     @property
     def merging(self) -> tuple[str, int]:
@@ -120,12 +127,16 @@ LARGEST = 1 << 20  # width of an encoder or a language model
 
 def _require_types(content: dict[str, Any]) -> None:
     """Raises ValueError or KeyError for a manifest that no `save` has written."""
-    for part, keys in _TYPES.items():
-        for key, kind in keys.items():
-            value: Any = content[part][key]
+    vision = content["vision"]
+    if type(vision) is not dict or type(members := vision.get("members", [vision])) is not list or not members:
+        raise ValueError(f"vision is {vision!r:.40}, expected a section for each encoder")
+    for part, section in [("llm", content["llm"]), ("projector", content["projector"]), *(("vision", each) for each in members)]:
+        for key, kind in _TYPES[part].items():
+            value: Any = section[key]
             if type(value) is not kind or (kind is int and key != "layer" and not 0 < value <= LARGEST):
                 raise ValueError(f"{part}.{key} is {value!r:.40}, expected {kind.__name__}")
-    content["vision"]["spec"]["precision"]
+    for each in members:
+        each["spec"]["precision"]
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[VisionLanguageModel, Manifest]:

@@ -16,6 +16,11 @@ def _linear(width: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden))
 
 
+def _linear_nobias(width: int, hidden: int) -> nn.Sequential:
+    """Idefics3, SmolVLM and nanoVLM, behind a shuffle."""
+    return nn.Sequential(nn.Linear(width, hidden, bias=False))
+
+
 def _mlp(width: int, hidden: int) -> nn.Sequential:
     """LLaVA-1.5 (arXiv 2310.03744), with the tanh form of GELU, which Transformers, vLLM and llama.cpp share."""
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, hidden))
@@ -36,6 +41,7 @@ def _norm_mlp(width: int, hidden: int) -> nn.Sequential:
 # What `projector.kind` may be (see also `pipeline.params.schema`). An export refuses a kind that its format has no place for.
 PROJECTORS: dict[str, Callable[[int, int], nn.Sequential]] = {
     "linear": _linear,
+    "linear_nobias": _linear_nobias,
     "mlp": _mlp,
     "mlp3x": _mlp3x,
     "norm_mlp": _norm_mlp,

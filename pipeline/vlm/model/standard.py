@@ -19,6 +19,7 @@ LAYERS: dict[str, dict[str, str]] = {
     "mlp": {"0": "linear_1", "2": "linear_2"},
     "norm_mlp": {"0": "projector_layernorm", "1": "linear_1", "3": "linear_2"},
 }
+BIASLESS = "linear_nobias"  # the projector that Idefics3 has
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "final_logit_softcap")  # where configurations keep one
 
 
@@ -44,6 +45,45 @@ def require_place(kind: str, *, family: str, has_cls: bool, layer: int, layers: 
             where="vision.layer",
             remedy=f"train with vision.layer: {layers} (before that LayerNorm) or -2",
         )
+
+
+def require_idefics3(kind: str, merging: tuple[str, int], *, family: str, layer: int, grid: int) -> None:
+    """Raises `PipelineError` where Idefics3, the class for merged patches, has no place for this projector and encoder.
+
+    Args:
+        merging: `projector.merge` and `projector.factor`.
+        grid: patches of a picture's side.
+    """
+    problem = where = remedy = ""
+    if not family.startswith("siglip"):
+        problem = (
+            f"Idefics3, the class for merged patches, takes a SigLIP encoder, this is a {family.removesuffix('_vision_model')}"
+        )
+        where, remedy = "vision.model", "train with a SigLIP encoder, or with projector.merge: none, projector.factor: 1"
+    elif merging[0] == "pool":
+        problem, where, remedy = (
+            "no class pools patches before its projector",
+            "projector.merge",
+            "train with projector.merge: shuffle",
+        )
+    elif kind != BIASLESS:
+        problem = f"Idefics3, the class for merged patches, has one matrix without bias, not a {kind} projector"
+        where, remedy = "projector.kind", f"train with projector.kind: {BIASLESS}"
+    elif layer != -1:
+        problem, where, remedy = "Idefics3 takes the last hidden state only", "vision.layer", "train with vision.layer: -1"
+    elif _positions(grid) != list(range(grid)):
+        problem = f"Idefics3 would give two rows of a {grid} × {grid} grid one position: it rounds"
+        where, remedy = "vision.model", "train with another picture size, such as 14, 16, 24, 27 or 32 patches a side"
+    if problem:
+        raise PipelineError(problem, where=where, remedy=remedy)
+
+
+def _positions(grid: int) -> list[int]:
+    """Where Idefics3 thinks that the rows of a whole picture are: it looks fractions up between rounded boundaries."""
+    boundaries = torch.arange(1 / grid, 1.0, 1 / grid)
+    fractions = torch.arange(grid, dtype=torch.float32) * (1.0 / torch.tensor([grid]))
+    found: list[int] = torch.bucketize(fractions.clamp(max=1.0 - 1e-6), boundaries, right=True).tolist()
+    return found
 
 
 def out_of_place(language_model: PreTrainedModel) -> str:

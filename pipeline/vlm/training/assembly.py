@@ -9,7 +9,7 @@ from accelerate.utils import set_seed
 
 from pipeline.core.devices import numbered, pick_batch, pick_device, pick_precision, pick_workers, use_device, use_fast_float32
 from pipeline.core.trees import processes_here
-from pipeline.features import Encoder, load_encoder
+from pipeline.features import Encoder, FusedEncoder, load_encoder
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.records import no_pictures
 from pipeline.text import PromptBuilder, TokenTable
@@ -53,7 +53,7 @@ class TrainingRun:
     training: Training
     accelerator: Accelerator
     precision: str
-    encoder: Encoder
+    encoder: Encoder | FusedEncoder
     builder: PromptBuilder
     model: VisionLanguageModel
     attention: str

@@ -12,8 +12,10 @@ from pipeline.features import (
     Encoder,
     FeatureSource,
     FeatureStore,
+    FusedEncoder,
     LiveFeatures,
-    StoredFeatures,
+    member_folders,
+    stored_features,
     warn_of_resampling,
 )
 from pipeline.params import Dataset, StageParams, Training
@@ -21,6 +23,7 @@ from pipeline.records import open_dataset
 from pipeline.text import DATE, PromptBuilder, TokenTable
 from pipeline.vlm.batches import PAYS, Sharing, find_sharing
 from pipeline.vlm.model import (
+    Manifest,
     VisionLanguageModel,
     build_projector,
     can_pack,
@@ -31,7 +34,7 @@ from pipeline.vlm.model import (
 )
 
 
-def make_builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> PromptBuilder:
+def make_builder(params: StageParams, encoder: Encoder | FusedEncoder, *tables: TokenTable) -> PromptBuilder:
     """The builder of `llm`; raises `PipelineError` for a table that another one made."""
     llm, tokens = params.llm, merged_tokens(encoder.tokens, params.projector.factor)
     builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens, date=llm.date)
@@ -47,7 +50,7 @@ def make_builder(params: StageParams, encoder: Encoder, *tables: TokenTable) -> 
 
 
 def make_model(
-    params: StageParams, training: Training, encoder: Encoder, precision: str, start: Path | None
+    params: StageParams, training: Training, encoder: Encoder | FusedEncoder, precision: str, start: Path | None
 ) -> VisionLanguageModel:
     """Frozen weights are held in bfloat16 where the hardware computes in it; weights that train stay float32."""
     frozen = training.train == "projector" and precision == "bfloat16"
@@ -66,12 +69,12 @@ def projector_shape(params: StageParams) -> dict[str, Any]:
     return {"kind": shape.kind} | ({} if shape.factor == 1 else {"merge": shape.merge, "factor": shape.factor})
 
 
-def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, start: Path) -> None:
+def check_start(params: StageParams, encoder: Encoder | FusedEncoder, builder: PromptBuilder, start: Path) -> None:
     """A start may come from elsewhere, by an import: what it was trained with must be what params name."""
     manifest, llm = checkpoint.read_manifest(start), params.llm
-    vision, kind, trained, found = manifest.vision, manifest.projector["kind"], manifest.vision["spec"], encoder.spec()
-    differ = sorted(key for key in {*trained, *found} - {"precision", RESAMPLING} if found.get(key) != trained.get(key))
-    warn_of_resampling(trained, str(start), "train it again")
+    kind, differ = manifest.projector["kind"], other_features(manifest, encoder)
+    for part in manifest.encoders:
+        warn_of_resampling(part["spec"], str(start), "train it again")
     problem = remedy = ""
     if kind != params.projector.kind:
         problem, remedy = f"has a {kind} projector", f"set projector.kind: {kind}"
@@ -80,9 +83,9 @@ def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, s
         problem = f"was trained with projector.merge: {merge}, projector.factor: {factor}"
         remedy = f"set projector.merge: {merge}, projector.factor: {factor}"
     elif differ:
-        problem = f"was trained on other features than {params.vision.model} gives ({', '.join(differ)})"
-        stored = f"vision.storage: {trained.get('storage', 'float16')}, vision.pool: {trained.get('pool', 1)}"
-        remedy = f"set vision.model: {vision['model']}, vision.layer: {vision['layer']}, {stored}"
+        problem = f"was trained on other features than {encoder.name} gives ({', '.join(differ)})"
+        trained = {key: _one_or_all(values) for key, values in _trained_with(manifest).items()}
+        remedy = f"set {', '.join(f'vision.{key}: {value}' for key, value in trained.items())}"
     elif not manifest.own_llm and (manifest.llm["model"], manifest.llm["revision"]) != (llm.model, llm.revision):
         problem, remedy = f"was trained for {manifest.llm['model']}", f"set llm.model: {manifest.llm['model']}"
     elif builder.dated and manifest.llm.get("date", DATE) != llm.date:
@@ -97,8 +100,30 @@ def check_start(params: StageParams, encoder: Encoder, builder: PromptBuilder, s
         raise PipelineError(problem, where=str(start), remedy=remedy, code=ARTEFACT)
 
 
+def other_features(manifest: Manifest, encoder: Encoder | FusedEncoder) -> list[str]:
+    """Where the features that a checkpoint was trained on differ from those of `encoder`, in what decides their values."""
+    trained, found = [part["spec"] for part in manifest.encoders], [member.spec() for member in encoder.members]
+    if len(trained) != len(found):
+        return ["the number of encoders"]
+    pairs = zip(trained, found, strict=True)
+    return sorted(
+        {key for one, other in pairs for key in {*one, *other} - {"precision", RESAMPLING} if one.get(key) != other.get(key)}
+    )
+
+
+def _trained_with(manifest: Manifest) -> dict[str, list[Any]]:
+    """Keys of `vision` that decide the features, with the values of every encoder."""
+    parts = manifest.encoders
+    stored = {key: [part["spec"].get(key, usual) for part in parts] for key, usual in (("storage", "float16"), ("pool", 1))}
+    return {"model": [part["model"] for part in parts], "layer": [part["layer"] for part in parts], **stored}
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    return values[0] if len({str(value) for value in values}) == 1 else values
+
+
 def open_feature_sources(
-    features: str, encoder: Encoder, tables: tuple[tuple[TokenTable, Dataset], ...], cache: int, store: Path
+    features: str, encoder: Encoder | FusedEncoder, tables: tuple[tuple[TokenTable, Dataset], ...], cache: int, store: Path
 ) -> list[FeatureSource]:
     """Where the pictures' features of each table come from: `features` is stored or live, `cache` bytes for live ones.
 
@@ -106,9 +131,10 @@ def open_feature_sources(
     """
     if features == "live":
         return [LiveFeatures(encoder, open_dataset(dataset).images, table, cache_bytes=cache) for table, dataset in tables]
-    opened = FeatureStore(store)
-    opened.check_encoder(encoder.spec())
-    return [StoredFeatures(opened, table, encoder.device) for table, _ in tables]
+    stores = [FeatureStore(folder) for folder in member_folders(store, len(encoder.members))]
+    for opened, member in zip(stores, encoder.members, strict=True):
+        opened.check_encoder(member.spec())
+    return [stored_features(stores, table, encoder.device) for table, _ in tables]
 
 
 def choose_sharing(

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.core import NUMERIC, PipelineError, hold, main_checkout, publish, writing
 from pipeline.core.trees import is_first_of_tree
+from pipeline.features import describe_encoders
 from pipeline.params import Dataset, StageParams, Training
 from pipeline.vlm.evaluation import Heldout, heldout_loss, log_likelihoods, write_losses
 from pipeline.vlm.model import Manifest, VisionLanguageModel, checkpoint, frozen_digest, gather_weights, weights_digest
@@ -151,15 +152,9 @@ def _whole_model(run: TrainingRun) -> VisionLanguageModel:
 
 def _save(run: TrainingRun, model: VisionLanguageModel) -> None:
     """The checkpoint to models/<name>."""
-    vision, llm = run.params.vision, run.params.llm
+    llm = run.params.llm
     manifest = Manifest(
-        vision={
-            "model": vision.model,
-            "revision": vision.revision,
-            "layer": vision.layer,
-            "precision": vision.precision,
-            "spec": run.encoder.spec(),
-        },
+        vision=describe_encoders(run.params.vision, run.encoder),
         llm={"model": llm.model, "revision": llm.revision, "image_token": llm.image_token, **run.frozen_files}
         | ({"date": llm.date} if run.builder.dated else {}),
         projector=projector_shape(run.params) | {"width": run.encoder.width, "hidden": model.hidden_size},
