@@ -210,7 +210,7 @@ def test_two_machines_with_a_work_tree_each_and_one_store_end_as_two_processes_o
 def test_sft_on_two_machines_with_a_work_tree_each_ends_as_two_processes_of_one_do(
     untrained: Path, alone: Path, project: Path, tmp_path: Path
 ) -> None:
-    """The live encoder reads each tree's own pictures; every file of both trees, bit for bit, also after a stop."""
+    """The live encoder reads each tree's own pictures, also after a stop: the first tree bit for bit, the other to rounding."""
     trees = two_trees(untrained, tmp_path)
     for tree in (*trees, project):
         take(alone, tree)
@@ -228,12 +228,11 @@ def test_sft_on_two_machines_with_a_work_tree_each_ends_as_two_processes_of_one_
     for running_again in on_two_machines("sft", trees):
         finish(running_again)
     for name in ("models/sft", "results/sft"):
-        expected = contents(project / name)
+        expected, found = contents(project / name), contents(trees[0] / name)
         assert expected
-        assert [contents(tree / name) for tree in trees] == [expected, expected], name
+        assert [file for file in expected if found.get(file) != expected[file]] == [], name
     for tree in trees:
-        assert json.loads((tree / "metrics/sft.json").read_text())["steps"] > 0
-        assert not list((tree / ".dvc/tmp/resume").iterdir())
+        assert_trained_alike(project, tree, "sft")
 
 
 @pytest.mark.slow
