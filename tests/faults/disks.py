@@ -52,8 +52,9 @@ def _stage(name: str, folder: Path) -> None:
 
 
 def used(folder: Path) -> int:
-    """Bytes that the files of a folder take on such a disk, whole pages each."""
-    return sum(-(-path.lstat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
+    """Bytes that the files of a folder take on such a disk, whole pages each; one of several names counts once."""
+    sizes = {found.st_ino: found.st_size for path in folder.rglob("*") if path.is_file() for found in (path.lstat(),)}
+    return sum(-(-size // 4096) * 4096 for size in sizes.values())
 
 
 def fill_writer(trials: Trials, scratch: Path, share: float) -> str:
