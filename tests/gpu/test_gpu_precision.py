@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import GradScalerKwargs
 from conftest import CPU, World
 from gpu_device import DEVICE, NEEDS_GPU, ON_GPU, accelerator_on, fresh_kernels, needs_gpu, run_on  # noqa: F401
-from test_accuracy import Setting, learnt  # noqa: F401
+from test_answering import Setting, learnt  # noqa: F401
 from test_checkpoint import logits, manifest_of
 from test_gpu_features import pictures, towers  # noqa: F401
 from test_loop import SCHEDULE, bits
