@@ -189,12 +189,16 @@ def test_files_go_with_the_page_that_brought_them(
     assert page.get("a").exchanges == []
 
 
-def test_the_last_answer_is_looked_back_at_and_its_picture_goes_with_the_page(page: Visitors, world: World) -> None:
+def test_the_last_answer_is_looked_back_at_and_its_picture_goes_with_the_page(
+    page: Visitors, world: World, tmp_path: Path
+) -> None:
+    for name in ("0.png", "1.png"):  # what is uploaded goes with the page
+        (tmp_path / name).write_bytes(world.images.read(name))
     visitor = page.get("one")
     with pytest.raises(PipelineError, match="no answer yet"):
         page.look_back(visitor, "gradient")
-    ask(page, "one", "What is this?", world.folder / "images/0.png")
-    ask(page, "one", "And of these?", world.folder / "images/1.png")
+    ask(page, "one", "What is this?", tmp_path / "0.png")
+    ask(page, "one", "And of these?", tmp_path / "1.png")
     made = page.look_back(visitor, "rollout")
     with Image.open(made) as sheet:
         assert sheet.height > 2 * 160  # a line for each of the two pictures
