@@ -189,9 +189,7 @@ def test_files_go_with_the_page_that_brought_them(
     assert page.get("a").exchanges == []
 
 
-def test_the_last_answer_is_looked_back_at_and_its_picture_goes_with_the_page(
-    page: Visitors, world: World, tmp_path: Path
-) -> None:
+def test_the_last_answer_is_looked_back_at_and_its_picture_goes_with_the_page(page: Visitors, world: World, tmp_path: Path) -> None:
     for name in ("0.png", "1.png"):  # what is uploaded goes with the page
         (tmp_path / name).write_bytes(world.images.read(name))
     visitor = page.get("one")
