@@ -101,7 +101,7 @@ def test_a_vision_tower_attends_to_everything() -> None:
     assert torch.allclose(found[1], found[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 11, 12, 29])
+@pytest.mark.parametrize("tokens", [1, 3, 11, 12, pytest.param(29, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("masks", [1, 2])
 def test_causal_blocks_are_plain_attention(monkeypatch: pytest.MonkeyPatch, tokens: int, masks: int) -> None:
     """Values against the formula and gradients against numerical ones, in float64, where blocks are of one to five queries."""

@@ -70,6 +70,7 @@ def same_answers(folder: Path, export: Path, count: int, tmp_path: Path, *, prec
     return same
 
 
+@pytest.mark.slow
 def test_the_command_exports_proves_and_replaces_only_its_own(embedded: Path, tmp_path: Path) -> None:
     done = run(str(embedded), str(tmp_path / "out"), "--rows", "2")
     assert done.returncode == 0, done.stderr

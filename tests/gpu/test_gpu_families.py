@@ -48,6 +48,7 @@ def test_these_are_not_packed_while_all_of_them_trains(llms: dict[str, Path], wo
     assert choose_attention(model.language_model, DEVICE, 256, router_trains=model.router_trains) != PACKED
 
 
+@pytest.mark.slow
 @family
 @what
 def test_they_train_on_the_device_as_on_a_cpu(llms: dict[str, Path], world: World, family: str, what: str) -> None:
@@ -61,6 +62,7 @@ def test_they_train_on_the_device_as_on_a_cpu(llms: dict[str, Path], world: Worl
     assert np.mean(found[-1][-3:]) < np.mean(found[-1][:3])
 
 
+@pytest.mark.slow
 @family
 def test_two_runs_give_the_same_bits(llms: dict[str, Path], world: World, family: str) -> None:
     found = []

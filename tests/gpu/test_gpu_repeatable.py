@@ -118,6 +118,7 @@ def test_two_runs_in_one_process_give_the_same_bits(world: World, what: str, mod
     assert found[0][1] != found[2][1], "another seed gives other weights"
 
 
+@pytest.mark.slow
 @either_mode
 @pytest.mark.parametrize("what", ["projector", "all"])
 @pytest.mark.parametrize("precision", ["float32", *(pytest.param(name, marks=NEEDS_GPU) for name in ("bfloat16", "float16"))])
@@ -179,6 +180,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @either_mode
 @pytest.mark.parametrize("what", ["projector", "all"])
 @pytest.mark.usefixtures("one_process")

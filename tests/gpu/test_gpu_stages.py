@@ -62,6 +62,7 @@ def test_all_four_stages_run_end_to_end(embedded: Embedded, device: str) -> None
     assert (Path("models/sft") / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_a_stage_on_live_features_ends_as_one_on_stored_features(embedded: Embedded, stage: str) -> None:
     """Every byte of the model and of the history."""

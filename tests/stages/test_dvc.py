@@ -99,9 +99,9 @@ def _make_coarse_encoder(clone: Clone) -> None:
 
 MATRIX = [
     pytest.param(["pretrain.lr=5e-3"], ["pretrain", "sft"], id="pretrain.lr"),
-    pytest.param(["sft.lr=5e-4"], ["sft"], id="sft.lr"),
+    pytest.param(["sft.lr=5e-4"], ["sft"], id="sft.lr", marks=pytest.mark.slow),
     pytest.param(["runtime.extract_batch=7", "runtime.eval_batch=5"], [], id="throughput"),
-    pytest.param(["vision.layer=-2"], ["extract", "pretrain", "sft"], id="same token count"),
+    pytest.param(["vision.layer=-2"], ["extract", "pretrain", "sft"], id="same token count", marks=pytest.mark.slow),
     pytest.param(["vision.model=data/models/coarse"], ALL, id="other token count", marks=pytest.mark.slow),
     pytest.param(
         ["projector.merge=shuffle", "projector.factor=2"],
@@ -140,7 +140,7 @@ def test_going_back_to_earlier_params_takes_the_results_from_the_cache(clone: Cl
         ("pretrain.lr=fast", ["pretrain.lr", "number", "fast"]),
         pytest.param("pretrain.lr=7", ["pretrain.lr", "less than or equal to 1"], marks=pytest.mark.slow),
         pytest.param("+pretrain.learning_rate=1", ["pretrain.learning_rate", "unknown"], marks=pytest.mark.slow),
-        ("+pretrain.wormup=1", ["pretrain.wormup", "did you mean pretrain.warmup?"]),
+        pytest.param("+pretrain.wormup=1", ["pretrain.wormup", "did you mean pretrain.warmup?"], marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_param_stops_before_any_work_with_one_line(clone: Clone, change: str, words: list[str]) -> None:
@@ -162,6 +162,7 @@ def test_a_misspelt_section_is_refused_by_dvc_and_named_by_us(clone: Clone) -> N
     assert "did you mean pretrain.lr?" in ours.stderr
 
 
+@pytest.mark.slow
 def test_a_model_folder_that_is_no_dependency_is_refused(clone: Clone) -> None:
     shutil.copytree(clone.folder / "data/models/clip", clone.folder / "data/models/elsewhere")
     done = clone.run("dvc", "exp", "run", "-S", "vision.model=data/models/elsewhere", ok=False)

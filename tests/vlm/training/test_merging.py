@@ -49,6 +49,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_one_extract_serves_every_merge_and_each_trains_and_answers(project: Project) -> None:
     project.run("extract")
     stored = {name: content for name, content in project.outputs().items() if "features" in name}

@@ -53,7 +53,7 @@ def attempt(world: World, what: str, checkpointer: Checkpointer | None) -> tuple
 
 
 @pytest.mark.parametrize("what", ["projector", "projector+ends", "all"])
-@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
 def test_a_run_stopped_again_and_again_ends_with_the_bits_of_an_undisturbed_one(
     world: World, tmp_path: Path, what: str, stride: int
 ) -> None:
@@ -102,7 +102,7 @@ def test_a_damaged_newest_state_is_passed_over_aloud(world: World, tmp_path: Pat
     assert (bits(resumed), history) == (bits(whole), undisturbed)
 
 
-@pytest.mark.parametrize("date", ["future", "equal", "backwards"])
+@pytest.mark.parametrize("date", ["future", *(pytest.param(date, marks=pytest.mark.slow) for date in ("equal", "backwards"))])
 def test_only_the_runs_that_saved_last_are_kept_whatever_their_dates(world: World, tmp_path: Path, date: str) -> None:
     for number, key in enumerate("abcdef"):
         with pytest.raises(PipelineError):
