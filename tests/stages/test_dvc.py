@@ -12,6 +12,8 @@ import pytest
 
 from pipeline.params.reading import override, read_yaml
 
+pytestmark = pytest.mark.slow  # CI runs a part of them by name: .ci/run
+
 ROOT = Path(__file__).parents[2]
 SMALL = ["data.limit=24", "evaluate.limit=16", "pretrain.epochs=1", "sft.epochs=1", "runtime.workers=0"]
 ALL = ["extract", "tokenize", "pretrain", "sft"]
@@ -99,20 +101,19 @@ def _make_coarse_encoder(clone: Clone) -> None:
 
 MATRIX = [
     pytest.param(["pretrain.lr=5e-3"], ["pretrain", "sft"], id="pretrain.lr"),
-    pytest.param(["sft.lr=5e-4"], ["sft"], id="sft.lr", marks=pytest.mark.slow),
+    pytest.param(["sft.lr=5e-4"], ["sft"], id="sft.lr"),
     pytest.param(["runtime.extract_batch=7", "runtime.eval_batch=5"], [], id="throughput"),
-    pytest.param(["vision.layer=-2"], ["extract", "pretrain", "sft"], id="same token count", marks=pytest.mark.slow),
-    pytest.param(["vision.model=data/models/coarse"], ALL, id="other token count", marks=pytest.mark.slow),
+    pytest.param(["vision.layer=-2"], ["extract", "pretrain", "sft"], id="same token count"),
+    pytest.param(["vision.model=data/models/coarse"], ALL, id="other token count"),
     pytest.param(
         ["projector.merge=shuffle", "projector.factor=2"],
         ["tokenize", "pretrain", "sft"],
         id="fewer image tokens",
-        marks=pytest.mark.slow,
     ),
-    pytest.param(["projector.kind=linear"], ["pretrain", "sft"], id="projector", marks=pytest.mark.slow),
-    pytest.param(["tokenize.max_tokens=300"], ["tokenize"], id="same tokens", marks=pytest.mark.slow),
-    pytest.param(["data.limit=20"], ALL, id="fewer rows", marks=pytest.mark.slow),
-    pytest.param(["evaluate.limit=8"], ["pretrain", "sft"], id="evaluate", marks=pytest.mark.slow),
+    pytest.param(["projector.kind=linear"], ["pretrain", "sft"], id="projector"),
+    pytest.param(["tokenize.max_tokens=300"], ["tokenize"], id="same tokens"),
+    pytest.param(["data.limit=20"], ALL, id="fewer rows"),
+    pytest.param(["evaluate.limit=8"], ["pretrain", "sft"], id="evaluate"),
 ]
 
 
@@ -125,7 +126,6 @@ def test_a_second_repro_runs_nothing(clone: Clone) -> None:
     assert clone.stages_run("dvc", "repro") == []
 
 
-@pytest.mark.slow
 def test_going_back_to_earlier_params_takes_the_results_from_the_cache(clone: Clone) -> None:
     assert clone.stages_run("dvc", "exp", "run", "-S", "sft.lr=4e-4") == ["sft"]
     before = (clone.folder / "dvc.lock").read_text()
@@ -138,9 +138,9 @@ def test_going_back_to_earlier_params_takes_the_results_from_the_cache(clone: Cl
     ("change", "words"),
     [
         ("pretrain.lr=fast", ["pretrain.lr", "number", "fast"]),
-        pytest.param("pretrain.lr=7", ["pretrain.lr", "less than or equal to 1"], marks=pytest.mark.slow),
-        pytest.param("+pretrain.learning_rate=1", ["pretrain.learning_rate", "unknown"], marks=pytest.mark.slow),
-        pytest.param("+pretrain.wormup=1", ["pretrain.wormup", "did you mean pretrain.warmup?"], marks=pytest.mark.slow),
+        pytest.param("pretrain.lr=7", ["pretrain.lr", "less than or equal to 1"]),
+        pytest.param("+pretrain.learning_rate=1", ["pretrain.learning_rate", "unknown"]),
+        pytest.param("+pretrain.wormup=1", ["pretrain.wormup", "did you mean pretrain.warmup?"]),
     ],
 )
 def test_a_wrong_param_stops_before_any_work_with_one_line(clone: Clone, change: str, words: list[str]) -> None:
@@ -162,7 +162,6 @@ def test_a_misspelt_section_is_refused_by_dvc_and_named_by_us(clone: Clone) -> N
     assert "did you mean pretrain.lr?" in ours.stderr
 
 
-@pytest.mark.slow
 def test_a_model_folder_that_is_no_dependency_is_refused(clone: Clone) -> None:
     shutil.copytree(clone.folder / "data/models/clip", clone.folder / "data/models/elsewhere")
     done = clone.run("dvc", "exp", "run", "-S", "vision.model=data/models/elsewhere", ok=False)
@@ -183,7 +182,6 @@ def test_metrics_and_plots_can_be_shown_offline(clone: Clone) -> None:
     assert page.index("vegaEmbed=") < page.index("vegaEmbed('#"), "the library stands before what uses it"
 
 
-@pytest.mark.slow
 def test_a_queued_sweep_gives_comparable_rows_over_one_feature_cache(clone: Clone) -> None:
     clone.run("dvc", "exp", "run", "--queue", "-S", "pretrain.lr=1e-3,3e-3", "-n", "sweep")
     clone.run("dvc", "queue", "start", "-j", "1")

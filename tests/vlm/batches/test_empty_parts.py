@@ -158,7 +158,7 @@ def test_feature_sources_answer_for_no_picture_as_for_many(world: World, both: P
             assert torch.equal(torch.cat([features for _, features in found]), expected)
 
 
-@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_and_measuring_are_the_same(world: World, both: Pair, live: bool) -> None:
     accelerator, found = Accelerator(mixed_precision="no", cpu=True), []
     for table in both:

@@ -194,6 +194,7 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     return max(float((one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-12)) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_and_measure_as_one(world: World, moe_folder: Path, together: Path, name: str) -> None:
     """History, weights, held-out loss and answers; the frozen language model meets pieces without a picture too."""
@@ -225,6 +226,7 @@ def test_the_cases_hold_what_is_hard_to_divide(world: World, shared: bool) -> No
     assert not all(texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDS)
 def test_two_processes_write_the_shards_of_one_and_encode_every_picture_once(
     world: World, vision_folders: dict[str, Path], together: Path, tmp_path: Path, name: str
