@@ -88,7 +88,7 @@ def require_finite(model: VisionLanguageModel, folder: Path) -> None:
 def write(folder: Path, model: VisionLanguageModel, manifest: Manifest, builder: PromptBuilder) -> None:
     """Write the files of a checkpoint into a folder that is not yet to be seen by others."""
     if manifest.own_llm:
-        model.language_model.save_pretrained(folder)
+        _write_language_model(model.language_model, folder)
         builder.tokenizer.init_kwargs.pop("local_files_only", None)  # how it was loaded is no part of the model
         builder.tokenizer.save_pretrained(folder)
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.projector.state_dict().items()}
@@ -96,6 +96,17 @@ def write(folder: Path, model: VisionLanguageModel, manifest: Manifest, builder:
     for file in folder.glob("*.safetensors"):
         set_mode(file, 0o644)  # the writer makes them the owner's alone
     (folder / MANIFEST).write_text(to_json({"format": FORMAT, **asdict(manifest)}), encoding="utf-8")
+
+
+def _write_language_model(language_model: Any, folder: Path) -> None:
+    """Transformers writes weights in the first process of all only; but each work tree's first has a folder to write."""
+    language_model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    try:
+        language_model.save_pretrained(folder)
+    finally:
+        del language_model.should_save_on_this_rank
+    if not any(folder.glob("model*.safetensors")):
+        raise AssertionError(f"{folder}: Transformers has written no weights in this process")
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -61,6 +61,19 @@ def test_a_loaded_model_gives_the_same_logits(world: World, tmp_path: Path, kind
     assert (tmp_path / "m" / "model.safetensors").exists() == own_llm
 
 
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_process_that_is_not_the_first_of_all_writes_the_same_folder(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: bool
+) -> None:
+    """A second work tree's first process is such a one, and Transformers has it write nothing."""
+    model = world.model("all")
+    monkeypatch.setattr(type(model.language_model), "should_save_on_this_rank", lambda *_: saves, raising=False)
+    checkpoint.save(tmp_path / "m", model, manifest_of(world, own_llm=True), world.builder)
+    assert {"model.safetensors", "config.json"} <= {path.name for path in (tmp_path / "m").iterdir()}
+    assert "should_save_on_this_rank" not in vars(model.language_model)
+    checkpoint.load(tmp_path / "m")
+
+
 @pytest.mark.parametrize("own_llm", [False, True])
 def test_equal_models_are_equal_bytes(world: World, tmp_path: Path, own_llm: bool) -> None:
     for name in ("a", "b"):
