@@ -3,11 +3,11 @@
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from conftest import World
+from conftest import World, row
 
 from pipeline.params.reading import check, override, read_yaml
 from pipeline.params.schema import Params
@@ -50,6 +50,14 @@ class Project:
         path = self.folder / "data/mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def write_pictures(self, png: Callable[[int], bytes], rows: Sequence[dict[str, Any]]) -> None:
+        """Eight pictures, `rows` to train on in both stages, and two held-out ones."""
+        for number in range(8):
+            (self.pictures / f"{number}.png").write_bytes(png(number))
+        for name in ("pretrain", "sft"):
+            self.write(f"{name}.jsonl", rows)
+        self.write("heldout.jsonl", [row("<image>\nWhat is this?", "A circle.", f"{number}.png") for number in (6, 7)])
 
     @property
     def params(self) -> Params:

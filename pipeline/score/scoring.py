@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, count, islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,15 @@ from pipeline.score.figures import Scored, summarise
 from pipeline.score.tasks import Question, Task
 from pipeline.text import RowTokenizer, Summary, TokenTable, tokenize, write_tokens
 from pipeline.vlm.batches import Examples
-from pipeline.vlm.evaluation import Answering, answer_questions, describe, find_questions, log_likelihoods, make_table
+from pipeline.vlm.evaluation import (
+    Answering,
+    answer_questions,
+    describe,
+    find_questions,
+    log_likelihoods,
+    make_table,
+    writing_tables,
+)
 from pipeline.vlm.training.loop import MIXED
 
 PART = 8192  # questions that are in memory at once
@@ -66,7 +74,9 @@ def score_task(model: Model, benchmark: Benchmark, out: Path) -> dict[str, Any]:
         if not parts:
             raise PipelineError("no question here", where=str(benchmark.folder), remedy="raise the share", code=BAD_ROWS)
         _extract(model, benchmark, parts, work)
-        _write(_answered(model, benchmark, parts, work), answers)
+        with writing_tables(answers) as write:
+            for rows in _answered(model, benchmark, parts, work):
+                write(rows)
         shutil.rmtree(work)
         found = _figures(benchmark, answers)
         with writing(out):
@@ -166,13 +176,6 @@ def _with_scores(rows: pa.Table, questions: list[Question], task: Task) -> pa.Ta
     for name, column in columns.items():
         rows = rows.append_column(name, column)
     return rows
-
-
-def _write(tables: Iterator[pa.Table], path: Path) -> None:
-    first = next(tables)
-    with writing(path), pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
-        for table in chain([first], tables):
-            writer.write_table(table, row_group_size=10_000)
 
 
 def _figures(benchmark: Benchmark, path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 The file is read in batches; kept of each question are a few numbers.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def _perplexity(file: pq.ParquetFile) -> float | None:
     for batch in _batches(file, ["log_likelihood"]):
         tokens = batch["log_likelihood"].flatten().to_numpy()
         total, count = total + float(tokens.sum(dtype=np.float64)), count + len(tokens)
-    return round(float(np.exp(-total / count)), 4) if count else None
+    value = float(np.exp(-total / count)) if count else math.nan
+    return round(value, 4) if math.isfinite(value) else None  # of a run that has diverged it is not
 
 
 def _coded(file: pq.ParquetFile, column: str) -> tuple[np.ndarray, list[str]]:

@@ -3,7 +3,6 @@
 Rows are looked at a window at a time: asked, answered, compared and written, so that memory does not grow with the set.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.core import publish, writing
+from pipeline.core import write_json
 from pipeline.core.trees import is_first_of_tree
 from pipeline.features import NoFeatures
 from pipeline.vlm.evaluation import (
@@ -59,8 +58,7 @@ def measure_answers(run: TrainingRun, model: VisionLanguageModel, likelihoods: n
     if not writes:
         return {}
     found = summarise(results / "predictions.parquet", chosen, why)
-    with publish(results / "scores.json") as temporary, writing(results / "scores.json"):
-        temporary.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(results / "scores.json", found)
     _tell(run.name, found)
     exact, blind = found["exact"], found["blind"]
     figures = {"questions": found["questions"], "accuracy": exact["mean"], "accuracy_blind": blind["mean"]}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, PATCHES, ROWS, WIDTH, World, row
+from conftest import CPU, PATCHES, ROWS, WIDTH, World
 from projects import Project
 from safetensors.torch import load_file
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
@@ -52,11 +52,7 @@ def project(
     made = Project(world, tmp_path)
     for name, folder in (("siglip", vision_folders["siglip"]), ("fine", fine)):
         (tmp_path / "data/models" / name).symlink_to(folder)
-    for number in range(8):
-        (made.pictures / f"{number}.png").write_bytes(png(number))
-    for name in ("pretrain", "sft"):
-        made.write(f"{name}.jsonl", ROWS)
-    made.write("heldout.jsonl", [row("<image>\nWhat is this?", "A circle.", f"{number}.png") for number in (6, 7)])
+    made.write_pictures(png, ROWS)
     return made
 
 

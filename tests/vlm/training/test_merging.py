@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATCHES, ROWS, World, row
+from conftest import PATCHES, ROWS, World
 from projects import Project
 from safetensors.torch import load_file
 
@@ -21,11 +21,7 @@ MERGES = ["none", "shuffle 2", "pool 2", "shuffle 4", "pool 4"]
 def project(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, png: Callable[[int], bytes]) -> Project:
     monkeypatch.chdir(tmp_path)
     made = Project(world, tmp_path)
-    for number in range(8):
-        (made.pictures / f"{number}.png").write_bytes(png(number))
-    for name in ("pretrain", "sft"):
-        made.write(f"{name}.jsonl", ROWS)
-    made.write("heldout.jsonl", [row("<image>\nWhat is this?", "A circle.", f"{number}.png") for number in (6, 7)])
+    made.write_pictures(png, ROWS)
     return made
 
 
