@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,12 @@ class Conversation:
     features: list[torch.Tensor] = field(default_factory=list)
 
 
+def user_turn(text: str, slots: Iterable[int]) -> Turn:
+    """What a person asks: pictures by their numbers in the conversation, a line each, before the words."""
+    parts = [part for slot in slots for part in (ImageSlot(slot), "\n")]
+    return Turn("user", (*parts[:-1], f"\n{text}" if parts else text))
+
+
 class Assistant:
     """A checkpoint folder, ready to answer.
 
@@ -99,13 +105,9 @@ class Assistant:
     def ask(self, talk: Conversation, text: str, pictures: torch.Tensor | Sequence[torch.Tensor] | None = None) -> None:
         """Add a user's turn; its pictures stand before the text. `<image>` typed by a person stays text."""
         shown = [] if pictures is None else [pictures] if isinstance(pictures, torch.Tensor) else list(pictures)
-        parts: list[str | ImageSlot] = []
-        for picture in shown:
-            parts += [ImageSlot(len(talk.features)), "\n"]
-            talk.features.append(picture)
-        if parts:
-            text = f"{parts.pop()}{text}"
-        talk.turns.append(Turn("user", (*parts, text)))
+        first = len(talk.features)
+        talk.features += shown
+        talk.turns.append(user_turn(text, range(first, len(talk.features))))
 
     def answer(
         self, talk: Conversation, sampling: Sampling, *, stop: threading.Event | None = None, pace: Pace | None = None

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.chat.assistant import Assistant
+from pipeline.chat.assistant import Assistant, user_turn
 from pipeline.chat.look import look_back
 from pipeline.core import PipelineError
 from pipeline.params import Dataset
-from pipeline.records import ImageSlot, Turn, decode, open_dataset
+from pipeline.records import Turn, decode, open_dataset
 from pipeline.saliency import GRADIENT, ROLLOUT, Box, Seen, find_box, heat_layer
 
 WORDS = 8  # of an answer that have a map
@@ -34,8 +34,7 @@ def add_heat(cards: list[dict[str, Any]], dataset: Dataset, model: Path) -> str:
         if held > MOST:
             return problem or f"only the first {held / 1e6:.1f} MB of maps are shown"
         files = [images.read(name) for name in card["names"]]
-        shown: list[str | ImageSlot] = [part for number in range(len(files)) for part in (ImageSlot(number), "\n")]
-        turns = [Turn("user", (*shown[:-1], f"\n{card['asked']}")), Turn("assistant", (card["said"] or " ",))]
+        turns = [user_turn(card["asked"], range(len(files))), Turn("assistant", (card["said"] or " ",))]
         try:
             seen = look_back(assistant, turns, files, methods)
         except PipelineError as error:

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from pipeline.chat.assistant import Assistant
+from pipeline.chat.assistant import Assistant, user_turn
 from pipeline.core import BAD_ROWS, PipelineError, main_checkout, make_folder, publish_folder, to_json, writing
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_fast_float32
 from pipeline.features import FeatureStore, ImageFile, NoFeatures, extract, member_folders, stored_features
 from pipeline.params import Params
-from pipeline.records import ImageSlot, Record, Turn
+from pipeline.records import Record, Turn
 from pipeline.score.benchmark import Asked, Benchmark
 from pipeline.score.figures import Scored, summarise
 from pipeline.score.tasks import Question, Task
@@ -118,9 +118,7 @@ def _write_parts(model: Model, benchmark: Benchmark, work: Path) -> Iterator[Pat
 
 
 def _record(asked: Asked) -> Record:
-    """The picture before the words, as chat asks too."""
-    shown = [part for slot in range(len(asked.picture)) for part in (ImageSlot(slot), "\n")][:-1]
-    user = Turn("user", (*shown, f"\n{asked.question.text}"))
+    user = user_turn(asked.question.text, range(len(asked.picture)))
     return Record(asked.where, tuple(asked.picture), (user, Turn("assistant", (asked.question.reference,))))
 
 
