@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.core import PipelineError, enter_project, exit_on_error, quiet_libraries, run_command
-from pipeline.params import read_yaml
 from pipeline.project.files import Files, in_params, propose, tell_untracked
 from pipeline.project.models import list_model_folders
 
@@ -100,11 +99,6 @@ def _image_token(model: str) -> str:
                 return token
     remedy = "name a token of its vocabulary with --image-token"
     raise PipelineError("no token of the tokenizer is free to stand for a picture", where=model, remedy=remedy)
-
-
-def ready_files() -> list[str]:
-    """Names that `glance use` takes without a path."""
-    return sorted(path.stem for path in READY.glob("*.yaml") if "llm" in read_yaml(path))
 
 
 if __name__ == "__main__":

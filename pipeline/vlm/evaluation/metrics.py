@@ -50,14 +50,6 @@ def vqa(answer: str, reference: str) -> float:
     return float(normalise(answer) == normalise(reference))
 
 
-def vqa_soft(answer: str, references: Sequence[str]) -> float:
-    """VQA accuracy by several people's answers: three that agree make it right, each of them left out once in turn."""
-    given = normalise(answer)
-    same = [normalise(reference) == given for reference in references]
-    total = sum(same)
-    return sum(min(1.0, (total - one) / 3) for one in same) / len(same)
-
-
 def contains(answer: str, reference: str) -> float:
     """The reference's words stand in the answer, in their order and side by side: "The shape is red." contains "Red."."""
     wanted = _spaced(reference)
