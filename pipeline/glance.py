@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "features": ("pipeline.features", "Look", "The feature store: verify, info, show."),
     "chat": ("pipeline.chat", "Use a model", "Talk about a picture in the terminal."),
     "look": ("pipeline.look", "Use a model", "Which parts of a picture each word of an answer looked at, as a PNG."),
-    "web": ("pipeline.web", "Use a model", "The same in a browser, on this machine only."),
+    "web": ("pipeline.web", "Use a model", "Talk about pictures in a browser, on this machine only."),
     "export": ("pipeline.export", "Use a model", "A standard Transformers folder, or GGUF for llama.cpp, proved equal."),
     "import": ("", "Use a model", "An export, MiniMind's .pth or a GGUF file back into this project."),
 }
