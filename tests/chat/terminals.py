@@ -62,6 +62,12 @@ class Session:
                 raise AssertionError(f"{text!r} did not come:\n{self.screen}")
         self._seen = at + len(text)
 
+    def wait_for_more(self, *, timeout: float = 60) -> None:
+        """Read until the screen shows anything behind what an earlier call waited for."""
+        end = time.monotonic() + timeout
+        while len(self.screen) <= self._seen:
+            assert self._read(end), f"nothing came:\n{self.screen}"
+
     def press(self, key: str, text: str) -> None:
         """Type a key at the prompt until the screen answers: readline may sleep through one that comes just before it does."""
         for _ in range(8):

@@ -37,25 +37,38 @@ def pictures(world: World, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
-def test_ctrl_c_stops_the_answer_and_nothing_else(trained: Path, pictures: Path) -> None:
-    with Session(["--model", str(trained), *LONG, "--stats"]) as talk:
+def strike_in_an_answer(talk: Session) -> None:
+    """Ask, and press Ctrl-C once the answer has begun; again where it was over before."""
+    for _ in range(5):
+        talk.until("you> ")
+        talk.type("What is this?\n")
+        talk.until("What is this?\r\n")
+        talk.wait_for_more()
+        talk.type(CTRL_C)
+        talk.until("you> ")
+        if "stopped" in talk.screen:
+            return
+        talk.type("/reset\n")
+    raise AssertionError(f"no answer was stopped:\n{talk.screen}")
+
+
+def test_one_talk_with_everything_in_it(trained: Path, pictures: Path) -> None:
+    """The fast one: each of these has slow sessions of its own below."""
+    with Session(["--model", str(trained), "--temperature", "9", "--max-tokens", "400", "--stats"]) as talk:
         talk.until("you> ")
         talk.press(CTRL_C, "Ctrl-C again, Ctrl-D or /exit leaves")
+        for path, said in (("nowhere.png", "nowhere.png: no such"), (f"'{pictures}/none.png'", "not a picture")):
+            talk.until("you> ")
+            talk.type(f"/image {path}\n")
+            talk.until(said)
         talk.until("you> ")
-        talk.type(f"/image '{pictures}/a b.png'\nWhat is this?\n")
+        talk.type(f"/image '{pictures}/日本.png'\n")
         talk.until("looking at")
-        talk.until("What is this?")
-        time.sleep(0.2)
-        talk.type(CTRL_C)
-        talk.until("stopped")
-        talk.until("you> ")
+        strike_in_an_answer(talk)
         talk.resize(10, 40)
-        talk.type("/reset\nAnd now?\n")
+        talk.type("/reset\n这是什么? 🦔\n")
         talk.until("no picture is shown")
-        time.sleep(0.1)
-        talk.type(CTRL_C)
-        talk.until("stopped")
+        talk.until("tokens")
         talk.until("you> ")
         talk.press(CTRL_C, "Ctrl-C again")
         talk.until("you> ")  # a key between two prompts is the terminal's, which drops an end of file
