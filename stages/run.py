@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import PipelineError, exit_on_error, hold, quiet_libraries, take_debug, write_json
+from pipeline.core import PipelineError, exit_on_error, hold, keep_figures, quiet_libraries, take_debug
 from pipeline.params import StageParams, load_for_stage, read_yaml
 from stages.launch import SAID, launch, require_devices
 from stages.preflight import run_preflight
@@ -25,7 +25,8 @@ MEMORY = {  # what mends a lack of it
 def run_stage(name: str, work: Callable[[StageParams], dict[str, Any]]) -> None:
     """Run one stage in the project's root folder and write `metrics/<name>.json` from what it returns.
 
-    `seconds` and `peak_memory_gb` are added. Whatever fails ends as one line and a non-zero exit code; `--debug` shows where.
+    `seconds` and `peak_memory_gb` are added; what a run took is kept apart (`keep_figures`). Whatever fails ends as one line and
+    a non-zero exit code; `--debug` shows where.
     One run of a stage at a time: a second one in the same workspace names the first and ends.
     """
 
@@ -64,7 +65,7 @@ def _work_and_report(name: str, work: Callable[[StageParams], dict[str, Any]], p
         return
     figures["seconds"] = round(time.perf_counter() - began, 1)
     figures["peak_memory_gb"] = round(peak_memory_gb(pick_device(params.runtime.device)), 3)
-    write_json(Path("metrics") / f"{name}.json", figures)
+    keep_figures(Path("metrics") / f"{name}.json", figures)
     shown = ", ".join(f"{key} {value}" for key, value in figures.items() if not isinstance(value, dict))
     print(f"{name}: {shown}", flush=True)
     if failure:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from pipeline.core import PipelineError, brief
+from pipeline.core import PipelineError, brief, costs_of
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_fast_float32
 from pipeline.core.loading import read_pretrained
 from pipeline.features import (
@@ -103,7 +103,7 @@ def extraction_rate(params: Params, samples: list[bytes], metrics: Path = Path("
         except PipelineError:  # the figures stand without it; extract will say what is wrong with the encoder
             pass
     try:
-        found = float(json.loads(metrics.read_text(encoding="utf-8"))["images_per_second"])
+        found = float(costs_of(metrics.read_bytes())["images_per_second"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Rate(found, f"as in the last extract, {metrics}") if found > 0 else None

@@ -5,6 +5,7 @@ Nothing comes in but the operating system and torch. What needs torch is importe
 """
 
 from pipeline.core.checksums import file_digests, is_signed, record, seal, sign, to_json, unseal, verify
+from pipeline.core.costs import costs_of, keep_figures
 from pipeline.core.disk import best_effort, map_array, map_arrow, map_tensors, reserve, set_mode, sync
 from pipeline.core.errors import (
     ARTEFACT,
@@ -55,6 +56,7 @@ __all__ = [
     "as_line",
     "best_effort",
     "brief",
+    "costs_of",
     "debugging",
     "die_with_parent",
     "end_process",
@@ -70,6 +72,7 @@ __all__ = [
     "is_held",
     "is_left_over",
     "is_signed",
+    "keep_figures",
     "link_or_copy",
     "machine",
     "main_checkout",

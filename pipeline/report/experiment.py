@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.core import ARTEFACT, PipelineError, brief
+from pipeline.core import ARTEFACT, PipelineError, brief, costs_of
 from pipeline.params.reading import parse
 
 STAGES = ("extract", "tokenize", "pretrain", "sft")
@@ -27,7 +27,7 @@ class Experiment:
     def __init__(self, name: str = "") -> None:
         self.name, self._files = name or HERE, _files_at(name) if name else None
         self.commit = str(self._files.repo.get_rev())[:12] if self._files is not None else _head()
-        self.metrics = {stage: self.json(f"metrics/{stage}.json") for stage in STAGES}
+        self.metrics = {stage: self._figures(stage) for stage in STAGES}
         self.scores = {stage: self.json(f"results/{stage}/scores.json") for stage in TRAINED}
         text = self.read("params.yaml")
         self.sections = _yaml(text, f"params.yaml of {self.name}") if text is not None else {}
@@ -74,6 +74,11 @@ class Experiment:
         if not isinstance(found, dict):
             raise PipelineError("not a JSON object", where=f"{path} of {self.name}", remedy=self._remedy(), code=ARTEFACT)
         return found
+
+    def _figures(self, stage: str) -> dict[str, Any]:
+        """A stage's figures, with what the run took where this checkout knows it."""
+        path = f"metrics/{stage}.json"
+        return self.json(path) | costs_of(self.read(path))
 
     def _lists(self, path: str) -> bool:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.core import ARTEFACT, PipelineError
+from pipeline.core import ARTEFACT, PipelineError, costs_of
 
 STAGES = ("extract", "tokenize", "pretrain", "sft")
 
@@ -18,8 +18,9 @@ def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
     for stage in STAGES:
         path = folder / f"{stage}.json"
         try:
-            found[stage] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            data = path.read_bytes()
+            found[stage] = json.loads(data) | costs_of(data)
+        except (OSError, ValueError, TypeError, RecursionError):
             raise PipelineError("no figures yet", where=str(path), remedy="dvc repro", code=ARTEFACT) from None
         if found[stage].get("diverged"):
             remedy = f"lower {stage}.lr, then dvc repro"
@@ -45,7 +46,8 @@ def tables(found: dict[str, dict[str, Any]]) -> list[Table]:
     for column in ("seconds", "peak memory, GB"):
         costs.add_column(column, justify="right")
     for stage in STAGES:
-        costs.add_row(stage, f"{found[stage]['seconds']:.1f}", f"{found[stage]['peak_memory_gb']:.2f}")
+        spent = [(found[stage].get("seconds"), ".1f"), (found[stage].get("peak_memory_gb"), ".2f")]
+        costs.add_row(stage, *("–" if value is None else format(value, form) for value, form in spent))
     return [results, costs]
 
 

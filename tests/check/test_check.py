@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from pipeline.check.command import app
+from pipeline.core.costs import keep_figures
 from pipeline.records.images import ImageRoot
 from pipeline.text.builder import PromptBuilder
 from pipeline.text.tokenization import RowTokenizer, Summary, tokenize
@@ -166,8 +167,7 @@ def test_without_an_encoder_features_are_as_of_the_last_extract_or_unknown(proje
     assert "6 distinct pictures; the encoder cannot be loaded" in said
     (project.folder / "data" / "features_meta").mkdir(parents=True)
     (project.folder / "data" / "features_meta" / "encoder.json").write_text('{"tokens": 5, "width": 1000}')
-    (project.folder / "metrics").mkdir()
-    (project.folder / "metrics" / "extract.json").write_text('{"images_per_second": 3}')
+    keep_figures(Path("metrics/extract.json"), {"images": 6, "images_per_second": 3})
     said = flat(project.run("rows.jsonl", "--images", "images").stdout)
     assert "6 × [5, 1000] float16 = 60 kB; about 2 s at 3 pictures/s (as in the last extract, metrics/extract.json)" in said
     project.set(vision__storage="int8")

@@ -13,6 +13,7 @@ import pytest
 from projects import with_path
 
 from pipeline.core.checksums import sign
+from pipeline.core.costs import keep_figures
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import link_or_copy, main_checkout, publish, publish_folder, write_json
 from pipeline.core.frame import exit_on_error
@@ -144,12 +145,14 @@ def test_a_temporary_workspace_finds_the_checkout_it_belongs_to(tmp_path: Path) 
     assert main_checkout(tmp_path / "main") == tmp_path / "main"
 
 
-def test_the_report_shows_the_figures_and_names_a_stage_without_any(tmp_path: Path) -> None:
-    training = {"accuracy": 0.5, "accuracy_blind": 0.25, "loss": 1.0, "questions": 8, "seconds": 1.0, "peak_memory_gb": 1.0}
+def test_the_report_shows_the_figures_and_names_a_stage_without_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = {"accuracy": 0.5, "accuracy_blind": 0.25, "loss": 1.0, "questions": 8, "seconds": 71.0}
     shared = {"seconds": 1.0, "peak_memory_gb": 1.0}
     figures = {"extract": {"images": 3, "cache_mb": 1.5, **shared}, "tokenize": shared, "pretrain": training, "sft": training}
+    monkeypatch.chdir(tmp_path)
     for name, content in figures.items():
-        write_json(tmp_path / f"{name}.json", content)
+        keep_figures(tmp_path / f"{name}.json", content)
+    assert "seconds" not in json.loads((tmp_path / "sft.json").read_text()), "the same result is the same file"
     from io import StringIO
 
     from rich.console import Console
@@ -157,7 +160,7 @@ def test_the_report_shows_the_figures_and_names_a_stage_without_any(tmp_path: Pa
     out = StringIO()
     for table in tables(read_metrics(tmp_path)):
         Console(file=out, width=100).print(table)
-    for part in ("50.00%", "25.00%", "1.5 MB", "8 held-out questions"):
+    for part in ("50.00%", "25.00%", "1.5 MB", "8 held-out questions", "71.0"):
         assert part in out.getvalue()
     (tmp_path / "sft.json").unlink()
     with pytest.raises(PipelineError, match=r"sft\.json: no figures yet"):
