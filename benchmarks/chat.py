@@ -9,6 +9,9 @@ that of the tokens behind it. Both sides are held to the same prompt. Writes ben
 two-layer models, writes nothing.
 """
 
+import pipeline  # noqa: F401  before torch: its threads wait as chat's do
+
+# isort: split
 import tempfile
 import time
 from collections.abc import Callable, Sequence

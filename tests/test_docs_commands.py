@@ -14,15 +14,18 @@ from test_docs import PAGES, ROOT
 from pipeline.glance import COMMANDS, IMPORTS
 
 BLOCK = re.compile(r"^ *```(?:|sh|bash|console)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
-PROGRAMS = ("glance ", "python -m pipeline.", "dvc ", "make ")
+MODULES = ("pipeline.", "stages.", "benchmarks.", "pytest ")
+PROGRAMS = ("glance ", "dvc ", "make ", *(f"python -m {name}" for name in MODULES))
+SETTING = re.compile(r"^(?:[A-Z_]+=\S+ )+")  # of the environment, for one command
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
     for page in PAGES:
         for block in BLOCK.findall(page.read_text(encoding="utf-8")):
             for line in map(str.strip, block.splitlines()):
-                if line.startswith(PROGRAMS):
-                    yield from _parts(f"{page.relative_to(ROOT)}: ", line)
+                command = SETTING.sub("", line)
+                if command.startswith(PROGRAMS):
+                    yield from _parts(f"{page.relative_to(ROOT)}: ", command)
 
 
 def _parts(where: str, line: str) -> Iterator[tuple[str, list[str]]]:
@@ -70,6 +73,11 @@ def test_a_command_of_the_pages_is_one_that_its_program_takes(parse: Callable[[s
         if words[1] == "import":
             module, *first = IMPORTS.get(Path(words[2]).suffix, ["pipeline.export", "import"])
         assert parse(module, [*first, *rest]) == 0
+    elif words[2] == "pytest":
+        assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests/"))
+    elif words[2].startswith("stages."):
+        assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
+        assert set(words[3:]) <= {"--debug"}
     else:
         assert parse(words[2], words[3:]) == 0
 

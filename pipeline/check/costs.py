@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,8 @@ from pipeline.features import (
 from pipeline.params import LanguageModel, Member, Params
 
 CHEAP = 500_000_000  # bytes of weights up to which the encoder is loaded to be timed
-WARM, BATCHES = 2, 5  # batches before the clock runs, and those of which the middle one counts
-LONG = 10.0  # seconds after which one batch that was timed is enough
+WARM, BATCHES = 2, 5  # batches before the clock runs, and the fewest of which the middle one counts
+ENOUGH, LONG = 0.5, 10.0  # seconds to time batches for, so that a moment does not decide; and after which one batch is enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +141,19 @@ def _measure(params: Params, member: Member, samples: list[bytes]) -> PictureTim
 def time_pictures(encoder: Encoder | FusedEncoder, samples: list[bytes], *, workers: int) -> PictureTime:
     """Decoding and encoding timed apart, both warm; on a slow encoder with fewer batches."""
     pixels = [encoder.preprocess(data, where="sample") for data in samples]
-    began = time.perf_counter()
-    for data in samples:
-        encoder.preprocess(data, where="sample")
-    hands = min(max(1, workers), os.cpu_count() or 1)
-    decoding = (time.perf_counter() - began) / len(samples) / hands
+    spent = list[float]()
+    while not spent or sum(spent) < ENOUGH / 4:
+        began = time.perf_counter()
+        for data in samples:
+            encoder.preprocess(data, where="sample")
+        spent.append(time.perf_counter() - began)
+    decoding = statistics.median(spent) / len(samples) / min(max(1, workers), os.cpu_count() or 1)
     batch = torch.from_numpy(np.stack([pixels[i % len(pixels)] for i in range(encoder.batch)]))
-    names, taken, begins = ["sample"] * encoder.batch, list[float](), time.perf_counter()
-    while len(taken) < WARM + BATCHES and (len(taken) < 2 or time.perf_counter() - begins < LONG):
+    names, taken, gone, begins = ["sample"] * encoder.batch, list[float](), 0.0, time.perf_counter()
+    while len(taken) < 2 or ((gone < ENOUGH or len(taken) < WARM + BATCHES) and gone < LONG):
         began = time.perf_counter()
         encoder.encode(batch, names).cpu()
         taken.append(time.perf_counter() - began)
-    timed = sorted(taken[min(WARM, len(taken) - 1) :])
-    return PictureTime(decoding, timed[len(timed) // 2] / encoder.batch, workers > 0 and encoder.device.type != "cpu")
+        gone = time.perf_counter() - begins
+    encoding = statistics.median(taken[min(WARM, len(taken) - 1) :]) / encoder.batch
+    return PictureTime(decoding, encoding, workers > 0 and encoder.device.type != "cpu")
