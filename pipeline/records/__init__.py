@@ -22,12 +22,13 @@ from pipeline.records.formats import (
     draw,
     readable,
 )
+from pipeline.records.formats.array import JsonArray
 from pipeline.records.formats.lines import JsonLines
 from pipeline.records.formats.policy import SHOWN
 from pipeline.records.formats.row import bad_record
 from pipeline.records.formats.split import Side
-from pipeline.records.images import ImageError, Images, as_arrow, digest, read_file
-from pipeline.records.record import PLACEHOLDER, ImageSlot, Record, Turn, is_half_surrogate
+from pipeline.records.images import ImageError, ImageRoot, Images, as_arrow, digest, read_file
+from pipeline.records.record import PLACEHOLDER, ImageSlot, Record, Turn, is_half_surrogate, load_json
 
 __all__ = [
     "DECODER",
@@ -39,8 +40,10 @@ __all__ = [
     "Digests",
     "GoodImages",
     "ImageError",
+    "ImageRoot",
     "ImageSlot",
     "Images",
+    "JsonArray",
     "JsonLines",
     "Mixture",
     "Record",
@@ -59,6 +62,7 @@ __all__ = [
     "draw",
     "good_rows",
     "is_half_surrogate",
+    "load_json",
     "measured_rows",
     "no_pictures",
     "open_dataset",

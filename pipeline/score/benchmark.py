@@ -1,6 +1,7 @@
 """A benchmark's local copy -> its questions, in order and in constant memory, and the bytes of their pictures.
 
-A copy is a folder as the hub has it (Parquet files, pictures within their rows) or as `datasets` saves it (Arrow files).
+A copy is a folder as the hub has it (Parquet files, pictures within their rows), as `datasets` saves it (Arrow files), or of the
+files that a benchmark's authors publish (published.py).
 """
 
 import re
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 from pipeline.core import BAD_ROWS, PipelineError, brief
 from pipeline.records import BadRow, Images, Row, Rows, draw
+from pipeline.score.published import Published, find_published
 from pipeline.score.tasks import TASKS, Question, Task
 
 PICTURE = "image"  # the column of the picture, in every task's files
@@ -36,18 +38,22 @@ class Benchmark:
 
     def __init__(self, name: str, folder: str | Path, *, share: float = 1.0) -> None:
         self.name, self.folder, self.task, self.share = name, Path(folder), TASKS[name], share
-        task, apart = self.task, bool(self.task.pictures)
-        columns = {*task.columns} if apart else {*task.columns, PICTURE}
-        files = find_files(self.folder, config=task.config, split=task.split, other=task.pictures)
-        self._rows = Rows(files, columns, picture=PICTURE, root=str(folder))
-        self._require(self._rows, columns)
-        self._pictures = self._rows
         self._by_id: dict[str, list[str]] = {}
-        if apart:
-            shown = find_files(self.folder, config=task.pictures, split=task.split, other=task.config)
+        self._rows = find_published(name, self.folder) or self._of_the_hub()
+        self._pictures, self._apart = self._rows, bool(self.task.pictures) and isinstance(self._rows, Rows)
+        if self._apart:
+            shown = find_files(self.folder, config=self.task.pictures, split=self.task.split, other=self.task.config)
             self._pictures = Rows(shown, {"id"}, picture=PICTURE, root=str(folder))
             self._require(self._pictures, {"id", PICTURE})
             self._by_id = {row.content["id"]: [self._pictures.name_within(row)] for row in _sound(self._pictures)}
+
+    def _of_the_hub(self) -> Rows | Published:
+        task = self.task
+        columns = {*task.columns} if task.pictures else {*task.columns, PICTURE}
+        files = find_files(self.folder, config=task.config, split=task.split, other=task.pictures)
+        rows = Rows(files, columns, picture=PICTURE, root=str(self.folder))
+        self._require(rows, columns)
+        return rows
 
     @property
     def images(self) -> Images:
@@ -60,7 +66,7 @@ class Benchmark:
             question = self._question(self.task, row)
             if question is None or (self.share < 1 and draw((question.unit or row.where).encode()) >= self.share):
                 continue
-            names = self._by_id.get(question.picture) if self.task.pictures else self._rows.names(row)
+            names = self._by_id.get(question.picture) if self._apart else self._rows.names(row)
             if not names:
                 missing = f"picture {question.picture!r} is not in {self.task.pictures}" if question.picture else "no picture"
                 raise PipelineError(missing, where=row.where, remedy="fetch the benchmark again", code=BAD_ROWS)
@@ -72,7 +78,7 @@ class Benchmark:
             if question is not None and question.reference.strip():
                 task.check(question)
         except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
-            what = f"not a row of {self.name} as the hub has it: {brief(error)}"
+            what = f"not a row of {self.name}: {brief(error)}"
             raise PipelineError(what, where=row.where, remedy=_REMEDY, code=BAD_ROWS) from None
         if question is not None and not question.reference.strip():
             remedy = f"score its split {task.split}: that of a test whose answers are kept secret cannot be scored here"
@@ -87,7 +93,7 @@ class Benchmark:
 _REMEDY = "take the copy that docs/evaluation.md names"
 
 
-def _sound(rows: Rows) -> Iterator[Row]:
+def _sound(rows: Rows | Published) -> Iterator[Row]:
     for row in rows:
         if isinstance(row, BadRow):
             raise PipelineError(row.reason, where=row.where, remedy=row.remedy, code=BAD_ROWS)

@@ -210,7 +210,7 @@ def no_picture(folder: Path, png: Callable[[int], bytes]) -> None:
         ("pope", changed("pope", answer=""), "no answer to compare with"),
         ("vqav2", changed("vqav2", answers=[], multiple_choice_answer=""), "score its split validation"),
         ("gqa", changed("gqa", imageId="n99"), "picture 'n99' is not in testdev_balanced_images"),
-        ("ai2d", changed("ai2d", answer="7"), "not a row of ai2d as the hub has it: the answer is option 7"),
+        ("ai2d", changed("ai2d", answer="7"), "not a row of ai2d: the answer is option 7"),
         ("seed", changed("seed", answer="F"), "its answer is 'F', expected A, B, C, D"),
         ("pope", changed("pope", answer="perhaps"), "expected yes, no"),
         ("pope", changed("pope", question="What is this? " * 300), "the model holds 512"),

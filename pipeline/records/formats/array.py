@@ -93,11 +93,30 @@ class _Decoder:
             window.grow()
 
 
-class JsonArray:
-    """A file that is one JSON array; a row's key is its offset in bytes."""
+def _enter(window: _Window, decoder: _Decoder, key: str) -> bool:
+    """Move into an object, to the value of `key`; False where there is none. Raises as `_Decoder.decode` does."""
+    if window.peek() != "{":
+        return False
+    while window.peek() not in ("}", ""):
+        window.at += 1  # behind the brace or a comma
+        if window.peek() == "}":
+            return False
+        name = decoder.decode(window)
+        if window.peek() != ":":
+            return False
+        window.at += 1
+        window.peek()
+        if name == key:
+            return True
+        decoder.decode(window)
+    return False
 
-    def __init__(self, file: str) -> None:
-        self.file = file
+
+class JsonArray:
+    """A file that is one JSON array, or an object with one under the key `under`; a row's key is its offset in bytes."""
+
+    def __init__(self, file: str, under: str = "") -> None:
+        self.file, self._under = file, under
 
     def names(self) -> None:
         """Every row has its own keys."""
@@ -108,8 +127,13 @@ class JsonArray:
             window, decoder = _Window(file), _Decoder()
             if window.peek() == "\ufeff":
                 window.at += 1
-            if window.peek() != "[":
-                yield self._broken(0, "expected a JSON array")
+            try:
+                found = not self._under or _enter(window, decoder, self._under)
+            except (ValueError, RecursionError) as error:
+                yield self._broken(0, f"broken JSON at byte {window.offset():,}: {brief(error)}")
+                return
+            if not found or window.peek() != "[":
+                yield self._broken(0, f"expected a JSON array{f' under {self._under!r}' if self._under else ''}")
                 return
             window.at += 1
             if window.peek() == "]":
@@ -133,7 +157,7 @@ class JsonArray:
                         what = f"{following!r} instead of a comma" if following else "the array has no end"
                         yield self._broken(number, f"broken JSON at byte {window.offset() - len(following):,}: {what}")
                         return
-            if window.peek():
+            if window.peek() and not self._under:
                 yield self._broken(number, f"text behind the array, at byte {window.offset():,}")
 
     def _row(self, value: object, number: int, offset: int, problem: str) -> Row | BadRow:
