@@ -205,9 +205,10 @@ def _make_output(out: Path, shards: list[Path], spec: dict[str, Any], counts: li
 def _announce(images: int, encode: int, write: int, encoder: Encoder, folder: Path, workers: int) -> None:
     """Say what it will cost before anything is spent."""
     row, kind = row_bytes(encoder.row_format), "int8" if encoder.row_format.constants else "float16"
-    free = shutil.disk_usage(folder).free
+    free, taken = shutil.disk_usage(folder).free, images * row
+    size = f"{taken / 1e9:,.2f} GB" if taken >= 1e8 else f"{taken / 1e6:,.1f} MB"
     print(
-        f"extract: {images:,} images × [{encoder.tokens}, {encoder.width}] {kind} = {images * row / 1e9:.2f} GB; "
+        f"extract: {images:,} images × [{encoder.tokens}, {encoder.width}] {kind} = {size}; "
         f"{images - encode:,} known, {encode:,} to encode; {free / 1e9:.0f} GB free; "
         f"{encoder.batch} images a call on {encoder.device}, {workers} decoding processes",
         flush=True,

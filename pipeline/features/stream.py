@@ -1,5 +1,6 @@
 """Fresh rows of the feature store: pictures decoded ahead in worker processes, encoded in full batches, given one at a time."""
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -163,7 +164,7 @@ class FeatureStream:
         if not self._done or self._quiet:
             return
         share, each = self.waited / self.seconds, 1000 * self.decoding / self._done
-        more = " -> raise runtime.workers" if share > 0.05 else ""
+        more = " -> raise runtime.workers" if share > 0.05 and self._workers < (os.cpu_count() or 1) else ""
         print(
             f"extract: {self._done / self.seconds:,.1f} images/s; decoding took {each:.2f} ms of a worker an image, "
             f"{share:.0%} of the time went by waiting for it{more}",

@@ -115,10 +115,20 @@ def propose(files: Files, console: Console, *, yes: bool, dry_run: bool) -> bool
     if not yes:
         if not sys.stdin.isatty():
             raise PipelineError("nobody is here to say yes", where="standard input", remedy="add --yes, or --dry-run to look only")
-        if not typer.confirm("Write this?", default=True):
+        if not _agreed():
+            console.print("nothing is written")
             return False
     files.write()
     return True
+
+
+def _agreed() -> bool:
+    """Whether the person says yes; Ctrl-D says no."""
+    try:
+        return typer.confirm("Write this?", default=True)
+    except typer.Abort:
+        print()
+        return False
 
 
 def tell_untracked(console: Console) -> None:

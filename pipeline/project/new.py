@@ -96,7 +96,7 @@ def _tell_next(console: Console, reports: list[Report], plan: Plan, params: Para
     with suppress(PipelineError):
         console.print(extraction_cost(reports, params, model.shape, of_params=False), soft_wrap=True, highlight=False)
     steps = ", ".join(f"{name} {count:,}" for name, count in plan.steps.items())
-    console.print(f"optimiser steps: {steps}\n", highlight=False)
+    console.print(f"optimiser steps, about: {steps}\n", highlight=False)
     shown = next((path for path in sorted(pictures.rglob("*")) if path.suffix.lower() in SHOWN), None)
     first = shlex.quote(str(shown)) if shown else "PICTURE"
     commands = [

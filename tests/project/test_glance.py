@@ -69,7 +69,7 @@ def test_a_folder_of_pictures_and_captions_becomes_params_that_every_stage_takes
     new()
     said = capsys.readouterr().out
     assert "30, all good" in said
-    assert "optimiser steps: pretrain" in said
+    assert "optimiser steps, about: pretrain" in said
     assert f"glance chat photos/{min(path.name for path in pictures.glob('*.png'))}" in said
     content = read_yaml(project / "params.yaml")
     check(content, where="params.yaml")
@@ -248,3 +248,20 @@ def test_of_few_pictures_one_is_held_out_and_the_others_are_trained_on(project: 
     heldout = check(read_yaml(project / "params.yaml"), where="params.yaml").data.heldout
     keys = [digest(png(number)) for number in range(5)]
     assert sum(is_held_out(key, share=heldout.share, seed=heldout.seed) for key in keys) == 1
+
+
+def test_leaving_the_question_writes_nothing(
+    project: Path, png: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_pictures(project / "photos", png, 2)
+
+    class Left(io.StringIO):
+        """A terminal whose person presses Ctrl-D."""
+
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Left())
+    new(yes=False)
+    assert capsys.readouterr().out.endswith("nothing is written\n")
+    assert (project / "params.yaml").read_text() == (ROOT / "params.yaml").read_text()
