@@ -36,6 +36,7 @@ from pipeline.core.fingerprint import fingerprint
 from pipeline.core.frame import LAUNCHED, as_line, debugging, exit_on_error, run_command, take_debug
 from pipeline.core.grid import merged_tokens
 from pipeline.core.locks import hold, is_alive, is_held, machine
+from pipeline.core.memory import bounded_memory
 from pipeline.core.prefetch import patience, prefetch
 from pipeline.core.processes import SAFE_FORK, die_with_parent, end_process, fork_process
 from pipeline.core.project import enter_project, in_project, named_by
@@ -55,6 +56,7 @@ __all__ = [
     "PipelineError",
     "as_line",
     "best_effort",
+    "bounded_memory",
     "brief",
     "costs_of",
     "debugging",

@@ -14,6 +14,7 @@ import typer
 from tqdm import tqdm
 
 from pipeline.core import PipelineError, brief, exit_on_error, publish, run_command
+from pipeline.records.formats.unpacking import unpacked, why
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -54,12 +55,13 @@ def _batches(parquet: pq.ParquetFile, rows: int, source: Path) -> Iterator[pa.Re
     """Every row, validated; raises `PipelineError` for damage and for rows that the footer counts and the file lacks."""
     done, total = 0, parquet.metadata.num_rows
     try:
-        for batch in parquet.iter_batches(batch_size=rows, use_threads=False):
+        for batch in unpacked(parquet.iter_batches(batch_size=rows, use_threads=False)):
             batch.validate(full=True)
             done += batch.num_rows
             yield batch
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise PipelineError(f"damaged behind row {done:,}: {brief(error)}", where=str(source)) from None
+            del batch
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise PipelineError(f"behind row {done:,}: {why(error)}", where=str(source)) from None
     if done != total:
         raise PipelineError(f"{done:,} rows, its footer says {total:,}", where=str(source))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from bombs import BOMBS
 from faults import at_most, drain, total
 from gguf import GGUFWriter
 from PIL import Image
@@ -126,6 +127,15 @@ def table(rng: random.Random, folder: Path, seeds: tuple[tuple[str, bytes], ...]
     return 1
 
 
+def bomb(rng: random.Random, folder: Path) -> int:
+    """A small file that says it is large."""
+    kind = rng.choice(list(BOMBS))
+    BOMBS[kind](folder / kind, 32 << 20)
+    drain(SourceSpec(str(folder / kind)), read=True)
+    (folder / kind).unlink()
+    return 1
+
+
 def _zips() -> list[bytes]:
     out = []
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -209,15 +219,25 @@ def gguf(rng: random.Random, folder: Path, data: bytes = _gguf()) -> int:
 
 BORDERS: dict[str, Callable[[random.Random, Path], int]] = {
     "pictures": picture, "rows": rows, "tables": table, "archives": archive, "params": params, "models": model, "gguf": gguf,
+    "bombs": bomb,
 }  # fmt: skip
-SHARES = {"pictures": 0.667, "rows": 0.253, "tables": 0.04, "archives": 0.02, "params": 0.007, "models": 0.003, "gguf": 0.01}
+SHARES = {
+    "pictures": 0.667,
+    "rows": 0.253,
+    "tables": 0.04,
+    "archives": 0.02,
+    "params": 0.007,
+    "models": 0.003,
+    "gguf": 0.01,
+    "bombs": 0.0002,
+}
 
 
 def batches(count: int, size: int) -> list[tuple[str, int]]:
     """Borders and numbers of inputs, `count` at least in all; a border's batch is smaller where an input takes longer."""
     out: list[tuple[str, int]] = []
     for border, share in SHARES.items():
-        each, wanted = max(1, size // 20) if border in ("params", "models") else size, max(1, round(share * count))
+        each, wanted = max(1, size // 20) if border in ("params", "models", "bombs") else size, max(1, round(share * count))
         out += [(border, min(each, wanted - at)) for at in range(0, wanted, each)]
     random.Random(0).shuffle(out)  # so that a portion of them is of every border
     return out

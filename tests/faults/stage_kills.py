@@ -16,6 +16,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from benchmarks.kills import Ended, contents, run
 from pipeline.core import quiet_libraries
 from pipeline.params.reading import override, read_yaml
@@ -55,6 +57,7 @@ def stage(name: str, folder: Path, *, modules: Path | None = None) -> None:
     """A stage in this process, which has been forked for it; `modules`: where the names of all that it has loaded go."""
     os.chdir(folder)
     sys.argv[:] = [name]
+    torch.set_num_threads(1)  # makes torch's pool anew; left to the threads that load weights, one finds it half made
     try:
         importlib.import_module("stages.run").run_stage(name, importlib.import_module(f"stages.{name}").main)
     finally:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import resource
 import struct
 import tarfile
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bombs import BOMBS
 from faults import Png, drain, tarred
 
 from pipeline.core.errors import PipelineError
@@ -140,7 +142,7 @@ def test_a_tar_s_picture_of_gigabytes_is_a_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_a_cell_of_half_a_gigabyte_is_a_row(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.records.formats.columnar.MAX_BATCH", 1 << 20)
+    monkeypatch.setattr("pipeline.records.formats.unpacking.MAX_BATCH", 1 << 20)
     cells = [bytes(100), bytes(3 << 20), bytes(100)]
     table = pa.table({"image": cells, "text": ["a", "b", "c"]})
     path = tmp_path / f"rows.{kind}"
@@ -176,3 +178,17 @@ def test_a_table_of_hashes_that_claims_more_than_it_holds(tmp_path: Path) -> Non
     (tmp_path / "images.npy").write_bytes(data)
     with memory_for(0.5), pytest.raises(PipelineError, match="cannot be read"):
         GoodImages(tmp_path / "images.npy")
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_block_that_unpacks_to_gigabytes_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bounds that are a sixteenth of the real ones: those are fuzzed, and the memory measured."""
+    monkeypatch.setattr("pipeline.records.formats.unpacking.MEMORY", 64 << 20)
+    monkeypatch.setattr("pipeline.records.formats.unpacking.MAX_BATCH", 8 << 20)
+    BOMBS[kind](tmp_path / kind, 4 << 20)
+    with memory_for(1.0):
+        found = drain(SourceSpec(str(tmp_path / kind)))
+    assert found
+    for row in found:
+        assert isinstance(row, BadRow)
+        assert re.search(r"rows? of [\d,]+ (bytes|values)|more than 64 MB|no values|over and over|a name of", row.reason), row

@@ -14,45 +14,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core import PipelineError, brief, map_arrow
+from pipeline.records.formats import unpacking
 from pipeline.records.formats.row import BadRow, Row
+from pipeline.records.formats.unpacking import ERRORS, Refused, is_sound, to_rows, unpacked, why
 from pipeline.records.images import ImageError
 
 ROWS = 16  # a step: pictures of a few hundred kilobytes each, so some megabytes at a time
-MAX_BATCH = 256 << 20  # bytes of rows that become Python's at once
 ONE_BY_ONE = 4096  # rows of a damaged block that are tried one by one; each try looks at all of it
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # what closes an Arrow stream; without it rows may be missing unnoticed
-_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, TypeError, NotImplementedError)
-
-
-def _is_sound(batch: pa.RecordBatch) -> bool:
-    try:
-        batch.validate(full=True)
-    except _ERRORS:
-        return False
-    return True
+_SMALLER = "write the file again, in smaller blocks if they are large"
 
 
 def _values(batch: pa.RecordBatch, file: str, first: int) -> Iterator[Row | BadRow]:
     """The rows of a record batch, `first` its number in the file; of a damaged one, those that are sound by themselves."""
-    sound = _is_sound(batch)
+    sound = is_sound(batch)
     if not sound and batch.num_rows > ONE_BY_ONE:
         yield BadRow(file, first, "a damaged block of rows", "write the file again", rows=batch.num_rows)
+        return
+    if batch.num_columns and all(map(pa.types.is_null, batch.schema.types)):  # of which a line of text can claim 2^62
+        yield BadRow(file, first, "its columns have no values", "write the file again", rows=max(1, batch.num_rows))
         return
     step = min(ROWS, batch.num_rows) if sound else 1
     for at in range(0, batch.num_rows, step):
         part = batch.slice(at, step)
-        if step > 1 and part.nbytes > MAX_BATCH:
-            for i in range(part.num_rows):
-                yield from _values(part.slice(i, 1), file, first + at + i)
-            continue
         try:
             if not sound:
                 part.validate(full=True)
-            if part.nbytes > MAX_BATCH:
-                raise ValueError(f"a row of {part.nbytes:,} bytes, more than {MAX_BATCH:,}")
-            contents = part.to_pylist()
-        except _ERRORS as error:
-            yield BadRow(file, first + at, f"damaged: {brief(error)}", rows=part.num_rows)
+            contents = to_rows(part)
+        except ERRORS as error:
+            yield BadRow(file, first + at, why(error), rows=part.num_rows)
+            continue
+        if contents is None:
+            for i in range(part.num_rows):
+                yield from _values(part.slice(i, 1), file, first + at + i)
             continue
         for i, content in enumerate(contents):
             yield Row(file, first + at + i, content, first + at + i)
@@ -91,7 +85,7 @@ class Parquet:
                     os.getpid(),
                     pq.ParquetFile(self.file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True),
                 )
-            except _ERRORS as error:
+            except ERRORS as error:
                 raise PipelineError(f"not a readable Parquet file: {brief(error)}", where=self.file) from None
             self._place = None
         return self._open[1]
@@ -99,7 +93,7 @@ class Parquet:
     def names(self) -> list[str]:
         try:
             return _check_names(pq.read_schema(self.file).names, self.file)  # not kept open: a data set has thousands of files
-        except _ERRORS as error:
+        except ERRORS as error:
             raise PipelineError(f"not a readable Parquet file: {brief(error)}", where=self.file) from None
 
     def _starts(self) -> list[int]:
@@ -108,17 +102,18 @@ class Parquet:
 
     def _batches(self, group: int) -> Iterator[pa.RecordBatch]:
         columns = [name for name in self._parquet().schema_arrow.names if self._wanted(name)]
-        return self._parquet().iter_batches(batch_size=self._step(group), row_groups=[group], columns=columns, use_threads=False)
+        batches = self._parquet().iter_batches(batch_size=self._step(group), row_groups=[group], columns=columns, use_threads=False)
+        return unpacked(batches)
 
     def _step(self, group: int) -> int:
-        """Rows to read at once, by what its footer says of their size; raises ValueError for rows that no memory holds."""
+        """Rows to read at once, by what its footer says of their size; raises `Refused` for rows that no memory holds."""
         found = self._parquet().metadata.row_group(group)
         chunks = (found.column(i) for i in range(found.num_columns))
         size = sum(c.total_uncompressed_size for c in chunks if self._wanted(c.path_in_schema.partition(".")[0]))
         each = size // max(1, found.num_rows)
-        if each > MAX_BATCH:
-            raise ValueError(f"rows of {each:,} bytes, more than {MAX_BATCH:,}")
-        return max(1, min(ROWS, MAX_BATCH // max(1, each)))
+        if each > unpacking.MAX_BATCH:
+            raise Refused(f"rows of {each:,} bytes, more than {unpacking.MAX_BATCH:,}")
+        return max(1, min(ROWS, unpacking.MAX_BATCH // max(1, each)))
 
     def rows(self) -> Iterator[Row | BadRow]:
         starts = self._starts()
@@ -128,11 +123,12 @@ class Parquet:
                 for batch in self._batches(group):
                     yield from _values(batch, self.file, done)
                     done += batch.num_rows
+                    del batch
                 problem = f"row group {group} has {done - start:,} rows, the file says {end - start:,}" if done != end else ""
-            except _ERRORS as error:
-                problem = f"row group {group} is damaged: {brief(error)}"
+            except ERRORS as error:
+                problem = f"row group {group}: {why(error)}"
             if problem:
-                remedy = "write the file again: the rest of its row group cannot be read"
+                remedy = f"{_SMALLER}: the rest of its row group cannot be read"
                 yield BadRow(self.file, done, problem, remedy, rows=max(end - done, 0) or 1, ends_file=done > end)
         self._open = self._place = None
 
@@ -150,9 +146,9 @@ class Parquet:
                 batch = next(batches)
                 self._place = group, batches, first, batch
             return _one(batch, key - first, self.file, key)
-        except (StopIteration, *_ERRORS) as error:
+        except (StopIteration, *ERRORS) as error:
             self._place = None
-            raise ImageError(f"row group {group} is damaged: {brief(error)}", where=f"{self.file}:{key}") from None
+            raise ImageError(f"row group {group}: {why(error)}", where=f"{self.file}:{key}") from None
 
 
 class Arrow:
@@ -173,14 +169,14 @@ class Arrow:
             mapped.seek(0)
             reader = pa.ipc.open_stream(mapped) if stream else pa.ipc.open_file(mapped)
             return mapped, reader
-        except _ERRORS as error:
+        except ERRORS as error:
             raise PipelineError(f"not a readable Arrow file: {brief(error)}", where=self.file) from None
 
     def names(self) -> list[str]:
         try:
             schema = self._start()[1].schema
             names, dictionaries = schema.names, [field.name for field in schema if pa.types.is_dictionary(field.type)]
-        except _ERRORS as error:
+        except ERRORS as error:
             raise PipelineError(f"not a readable Arrow file: {brief(error)}", where=self.file) from None
         if encoded := sorted(filter(self._wanted, dictionaries)):
             raise PipelineError(f"column {encoded[0]} is dictionary-encoded", where=self.file, remedy="save it plain")
@@ -197,17 +193,13 @@ class Arrow:
             return
         done = 0
         batches = iter(reader) if stream else (reader.get_batch(i) for i in range(reader.num_record_batches))
-        while True:
-            try:
-                batch = next(batches, None)
-                if batch is None:
-                    return
-                batch = self._pick(batch)
-            except _ERRORS as error:
-                yield BadRow(self.file, done, f"damaged: {brief(error)}", "save it again", ends_file=True)
-                return
-            yield from _values(batch, self.file, done)
-            done += batch.num_rows
+        try:
+            for batch in unpacked(map(self._pick, batches)):
+                yield from _values(batch, self.file, done)
+                done += batch.num_rows
+                del batch
+        except ERRORS as error:
+            yield BadRow(self.file, done, why(error), _SMALLER, ends_file=True)
 
     def _closed(self, mapped: pa.NativeFile) -> bool:
         place = mapped.tell()
@@ -244,12 +236,12 @@ class Arrow:
                 raise ImageError("no such row any more", where=where, remedy="run the stage again")
             if number != self._last[0]:
                 batch = self._pick(self._batch(mapped, reader, offsets, number))
-                if not _is_sound(batch):
+                if not is_sound(batch):
                     return _one(batch, key - starts[number], self.file, key)
                 self._last = number, batch
             return dict(self._last[1].slice(key - starts[number], 1).to_pylist()[0])
-        except _ERRORS as error:
-            raise ImageError(f"damaged: {brief(error)}", where=where) from None
+        except ERRORS as error:
+            raise ImageError(why(error), where=where) from None
 
     def _batch(self, mapped: pa.NativeFile, reader: Any, offsets: list[int], number: int) -> pa.RecordBatch:
         if not offsets:
