@@ -55,7 +55,7 @@ def _curve(title: str, runs: Mapping[str, Curves], column: str, names: Sequence[
     heights = [point["y"] for point in values if point["y"] is not None]
     broad = bool(heights) and min(heights) > 0 and max(heights) > 20 * min(heights) and column != "lr"
     y: Spec = {"field": "y", "type": "quantitative", "title": None, "scale": {"type": "log"} if broad else {"zero": False}}
-    y["axis"] = {"tickCount": 5, "format": "~g", "labelOverlap": True}
+    y["axis"] = {"tickCount": 5, "format": ".6~g", "labelOverlap": True}
     if broad:
         decades = range(math.floor(math.log10(min(heights))), math.ceil(math.log10(max(heights))) + 1)
         y["axis"]["values"] = [float(f"1e{decade}") for decade in decades]

@@ -1,10 +1,11 @@
 """The page in a real browser (headless Chromium), with nothing but the file: charts are drawn and nothing is refused by its policy.
 
 Skipped without a Chromium on PATH. With GLANCE_SCREENSHOTS=docs/report the screenshots go there, of the results of
-GLANCE_REPORT, a page that is there already, or of made-up ones.
+GLANCE_REPORT and (two experiments) GLANCE_COMPARED, pages that are there already, or of made-up ones.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from made_results import Results, results  # noqa: F401
 from PIL import Image
+from test_experiments import make_two_runs  # noqa: F401
 
 from pipeline.report.page import write_report
 
@@ -43,17 +45,33 @@ def test_charts_are_drawn_and_nothing_is_refused(results: Results) -> None:
     found = chromium(Path("report.html"), "--dump-dom")
     assert found.count('<svg xmlns="http://www.w3.org/2000/svg"') == found.count('<div class="chart') >= 8
     assert "CONSOLE" not in found
-    assert f"{found.count('<article class')} shown" in found
+    assert f">{found.count(' data-is=')} shown<" in found
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_picture_of_it(results: Results, view: str) -> None:
     results.demo()
     write_report(Path("report.html"), [])
-    folder = Path(os.environ.get("GLANCE_SCREENSHOTS", results.folder)).absolute()
+    take_picture(Path(os.environ.get("GLANCE_REPORT", "report.html")), f"report-{view}", view)
+
+
+@pytest.mark.usefixtures("two_runs")
+def test_a_picture_of_two_experiments() -> None:
+    write_report(Path("report.html"), ["one", "two"])
+    page = Path(os.environ.get("GLANCE_COMPARED", "report.html"))
+    take_picture(page, "compared-desktop", "desktop")
+    labels = re.findall(r'<g class="mark-text role-axis-label".*?</g>', chromium(page, "--dump-dom"), re.DOTALL)
+    assert labels
+    for axis in labels:  # a format that rounds would give neighbours the same number
+        written = [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", axis) if text]
+        assert len(set(written)) == len(written)
+
+
+def take_picture(page: Path, name: str, view: str) -> None:
+    """A screenshot where GLANCE_SCREENSHOTS says, else here; of the width and the lightness it should have."""
+    folder = Path(os.environ.get("GLANCE_SCREENSHOTS", ".")).absolute()
     folder.mkdir(exist_ok=True)
-    shown, (size, *more) = folder / f"report-{view}.png", VIEWS[view]
-    page = Path(os.environ.get("GLANCE_REPORT", "report.html"))
+    shown, (size, *more) = folder / f"{name}.png", VIEWS[view]
     chromium(page, f"--window-size={size}", f"--screenshot={shown}", *more)
     with Image.open(shown) as picture:
         colours = picture.convert("RGB").quantize(64)
