@@ -6,7 +6,7 @@ choosing   which metrics fit                          sources     parts of a mix
 predictions   every answer kept                       summary     what they come to                 heldout     on the way
 """
 
-from pipeline.vlm.evaluation.answering import Answering, answer_alike, answer_questions
+from pipeline.vlm.evaluation.answering import Answering, answer_questions
 from pipeline.vlm.evaluation.choices import choose, find_options
 from pipeline.vlm.evaluation.choosing import choose_metrics
 from pipeline.vlm.evaluation.corpus import Cider, YesNo
@@ -23,7 +23,6 @@ __all__ = [
     "Heldout",
     "Question",
     "YesNo",
-    "answer_alike",
     "answer_questions",
     "choose",
     "choose_metrics",

@@ -29,12 +29,14 @@ class Answering:
         max_new_tokens: of an answer, at most.
         batch_size, tokens: prompts a pass, and what they and their answers may have together, padding included.
         blind: whether their source shows no image.
+        alike: each process answers all, since one with a part of every weight cannot do so alone.
     """
 
     max_new_tokens: int
     batch_size: int
     tokens: int
     blind: bool = False
+    alike: bool = False
 
 
 def answer_questions(
@@ -61,7 +63,7 @@ def answer_questions(
             firsts.setdefault(key, question)
     order = sorted(firsts, key=lambda key: -len(firsts[key].prompt))  # like lengths together: little padding
     parts = _batches([firsts[key] for key in order], asking)
-    rank, ranks = accelerator.process_index, accelerator.num_processes
+    rank, ranks = (0, 1) if asking.alike else (accelerator.process_index, accelerator.num_processes)
     mine = _answer(model, examples, accelerator, builder, asking, parts[rank::ranks])
     everyone = gather_object([mine]) if ranks > 1 else [mine]
     produced: list[list[str]] = [[]] * len(parts)
@@ -73,22 +75,6 @@ def answer_questions(
     for key in list(known)[:-KNOWN]:
         del known[key]
     return answers
-
-
-def answer_alike(
-    model: VisionLanguageModel,
-    examples: Examples,
-    accelerator: Accelerator,
-    builder: PromptBuilder,
-    asking: Answering,
-    questions: Sequence[Question],
-) -> list[str]:
-    """As `answer_questions`, for a few: each process answers all, since one with a part of every weight cannot do so alone."""
-    model.eval()
-    order = sorted(range(len(questions)), key=lambda number: -len(questions[number].prompt))
-    produced = _answer(model, examples, accelerator, builder, asking, _batches([questions[number] for number in order], asking))
-    found = dict(zip(order, chain.from_iterable(produced), strict=True))
-    return [found[number] for number in range(len(questions))]
 
 
 def _keys(questions: Sequence[Question], hashes: np.ndarray | None) -> list[bytes]:

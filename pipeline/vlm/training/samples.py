@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.vlm.evaluation import Answering, Question, answer_alike, describe, find_questions
+from pipeline.vlm.evaluation import Answering, Question, answer_questions, describe, find_questions
 from pipeline.vlm.model import VisionLanguageModel, gathered
 from pipeline.vlm.training.assembly import TrainingRun
 
@@ -18,11 +18,12 @@ def sample_questions(run: TrainingRun) -> list[Question]:
 
 def sample_answers(run: TrainingRun, questions: list[Question]) -> Callable[[VisionLanguageModel], list[str]]:
     """What asks a model that goes on training afterwards. All processes answer, and have the same."""
-    asking = Answering(run.params.evaluate.max_new_tokens, run.params.runtime.eval_batch, run.training.micro_tokens)
+    evaluate, runtime = run.params.evaluate, run.params.runtime
+    asking = Answering(evaluate.max_new_tokens, runtime.eval_batch, run.training.micro_tokens, alike=True)
 
     def answer(model: VisionLanguageModel) -> list[str]:
         with gathered(model):
-            return answer_alike(model, run.heldout, run.accelerator, run.builder, asking, questions)
+            return answer_questions(model, run.heldout, run.accelerator, run.builder, asking, questions)
 
     return answer
 

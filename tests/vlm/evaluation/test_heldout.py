@@ -14,7 +14,7 @@ from pipeline.features.sources import StoredFeatures
 from pipeline.params.reading import check, override, read_yaml
 from pipeline.text.token_table import TokenTable
 from pipeline.vlm.batches.examples import Examples
-from pipeline.vlm.evaluation.answering import Answering, answer_alike
+from pipeline.vlm.evaluation.answering import Answering, answer_questions
 from pipeline.vlm.evaluation.heldout import Heldout, write_losses
 from pipeline.vlm.evaluation.loss import heldout_loss
 from pipeline.vlm.evaluation.questions import find_questions
@@ -42,11 +42,11 @@ def measure_on(world: World, unseen: TokenTable) -> Heldout:
     def measure(model: VisionLanguageModel) -> float:
         return heldout_loss(model, Examples(unseen, source, world.builder.image_id), accelerator(), micro_tokens=500)
 
-    asking, questions = Answering(6, 4, 999), find_questions(unseen)
+    asking, questions = Answering(6, 4, 999, alike=True), find_questions(unseen)
     examples = Examples(unseen, source, world.builder.image_id)
 
     def answer(model: VisionLanguageModel) -> list[str]:
-        return answer_alike(model, examples, accelerator(), world.builder, asking, questions)
+        return answer_questions(model, examples, accelerator(), world.builder, asking, questions)
 
     return Heldout(measure, every=2, answer=answer)
 

@@ -36,7 +36,7 @@ from pipeline.vlm.batches.examples import Examples
 from pipeline.vlm.batches.loader import plan_micro_batches
 from pipeline.vlm.batches.schedule import Execution
 from pipeline.vlm.batches.sharing import find_sharing
-from pipeline.vlm.evaluation.answering import Answering, answer_alike, answer_questions
+from pipeline.vlm.evaluation.answering import Answering, answer_questions
 from pipeline.vlm.evaluation.heldout import Heldout
 from pipeline.vlm.evaluation.loss import heldout_loss
 from pipeline.vlm.evaluation.questions import find_questions
@@ -107,7 +107,7 @@ def run(world: World, mixture: Path, case: Case) -> Outcome:
 
     def answer(model: VisionLanguageModel) -> list[str]:
         with gathered(model):
-            return answer_alike(model, examples, accelerator, world.builder, asking, asked[:3])
+            return answer_questions(model, examples, accelerator, world.builder, replace(asking, alike=True), asked[:3])
 
     measured = Heldout(measure, every=4, answer=answer)
     execution, callbacks = Execution(sharded=sharded), Callbacks(heldout=measured)
