@@ -103,6 +103,17 @@ def test_windows_change_nothing_but_the_row_groups(make: Assemble, monkeypatch: 
     assert pq.read_table(path).equals(whole)
 
 
+def test_two_runs_leave_the_same_bytes(make: Assemble) -> None:
+    left = []
+    for _ in range(2):
+        measure(make(ROWS, "evaluate.metrics=[exact, cider, yes_no]"))
+        left.append({path.name: path.read_bytes() for path in Path("results/pretrain").glob("*.*")})
+        for path in Path("results/pretrain").glob("*.*"):
+            path.unlink()
+    assert {"predictions.parquet", "scores.json"} <= left[0].keys()
+    assert left[0] == left[1]
+
+
 def test_which_metrics_and_how_many_rows_is_said(make: Assemble, capsys: pytest.CaptureFixture[str]) -> None:
     scores = measure(make(ROWS, "evaluate.limit=5"))
     assert (scores["questions"], list(scores["metrics"])) == (5, ["contains", "exact", "vqa"])
