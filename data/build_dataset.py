@@ -10,6 +10,7 @@ where those leave a choice, from its pixels. Held-out pictures are told by conte
 import hashlib
 import io
 import json
+import random
 import shutil
 import zipfile
 from pathlib import Path
@@ -17,7 +18,10 @@ from typing import NamedTuple
 
 import easy_vqa
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
+from talks import count_pictures, plan_talk, write_talk
 from tqdm import tqdm
 
 SOURCE = Path(easy_vqa.__file__).parent / "data"
@@ -44,6 +48,8 @@ SAMPLE_SCENES = (  # one held-out picture each, so that the samples differ
     ("black", "rectangle"),
     ("green", "circle"),
 )
+ALONE = 0.3  # share of the pictures whose questions are rows of their own in the fine-tuning data
+TALKS, TALKS_SEED = 3000, 0  # and conversations about several pictures
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # a fixed time stamp: same pictures, same bytes
 
 
@@ -174,6 +180,28 @@ def write_split(split: str, scenes: dict[int, Scene], questions: list[Question])
     write_lines(OUT / f"questions{SPLITS[split]}.jsonl", answers)
 
 
+def write_conversations(split: str, scenes: dict[int, Scene], questions: list[Question]) -> None:
+    """The fine-tuning data: every question of some pictures, and conversations about several of all.
+
+    In these a picture may be asked what was asked of another that shows the same.
+    """
+    draw, lessons = random.Random(TALKS_SEED), dict[Scene, dict[str, str]]()
+    for question in questions:
+        lessons.setdefault(scenes[question.picture], {})[question.text] = phrase_answer(question.answer)
+    alone = set(draw.sample(sorted(scenes), round(ALONE * len(scenes))))
+    rows = [json.loads(make_record(split, q.picture, q.text, phrase_answer(q.answer))) for q in questions if q.picture in alone]
+    for _ in range(TALKS):
+        steps = plan_talk(draw)
+        pictures = draw.sample(sorted(scenes), count_pictures(steps))
+        messages = []
+        for turn in write_talk([lessons[scenes[picture]] for picture in pictures], steps, draw):
+            messages.append({"role": "user", "content": "<image>\n" * len(turn.shown) + turn.question})
+            messages.append({"role": "assistant", "content": turn.answer})
+        rows.append({"images": [f"{split}/{picture}.png" for picture in pictures], "messages": messages})
+    pq.write_table(pa.Table.from_pylist(rows), OUT / "conversations.parquet", compression="zstd")
+    print(f"conversations.parquet: {len(rows)} records, {TALKS} of them about several pictures")
+
+
 def write_samples(pictures: dict[int, bytes], scenes: dict[int, Scene]) -> None:
     """Six held-out pictures as files, named by number so that the name gives nothing away."""
     for wanted in SAMPLE_SCENES:
@@ -195,7 +223,9 @@ def main() -> None:
         scenes = find_scenes(pictures, kept)
         write_split(split, scenes, kept)
         members |= {f"{split}/{number}.png": png for number, png in pictures.items()}
-        if split == "test":
+        if split == "train":
+            write_conversations(split, scenes, kept)
+        else:
             write_samples(pictures, scenes)
     write_archive(OUT / "images.zip", members)
 
