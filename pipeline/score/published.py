@@ -99,13 +99,13 @@ def _text(file: Path) -> str:
         raise PipelineError(f"not UTF-8: {brief(error)}", where=str(file), remedy=MEND, code=BAD_ROWS) from None
 
 
-# Task -> which files are its rows, by the end of their path, and how they are read
+# Task -> which files are its rows, by their names, one of each kind that the pattern's last group tells; and how they are read
 PUBLISHED: dict[str, tuple[str, Callable[[list[Path]], Iterator[Row | BadRow]]]] = {
-    "vqav2": (r"(.*val2014_)?(questions|annotations)\.json", _vqav2),
-    "gqa": (r"testdev_balanced_questions\.json", _gqa),
-    "textvqa": (r"TextVQA_.*_val\.json", _textvqa),
-    "pope": (r".*pope_(random|popular|adversarial)\.json", _pope),
-    "mme": (r"(?!README).*\.txt", _mme),
+    "vqav2": (r"(?:.*val2014_)?(questions|annotations)\.json", _vqav2),
+    "gqa": (r"(testdev_balanced_questions)\.json", _gqa),
+    "textvqa": (r"(TextVQA)_.*_val\.json", _textvqa),
+    "pope": (r"coco_pope_(random|popular|adversarial)\.json", _pope),
+    "mme": (r"(?!README).*\.txt", _mme),  # a file a picture
     "chartqa": (r"test_(human|augmented)\.json", _chartqa),
 }
 
@@ -141,9 +141,17 @@ class Published:
 
 
 def find_published(task: str, folder: Path) -> Published | None:
-    """The authors' own files below a folder; None where there are none, or the hub's lie there."""
+    """The authors' own files below a folder; None where there are none, or the hub's lie there.
+
+    Raises `PipelineError` where two of them would give the same rows.
+    """
     if task not in PUBLISHED or any(next(folder.rglob(f"*.{kind}"), None) for kind in ("parquet", "arrow")):
         return None
-    every = (path for kind in ("json", "txt") for path in folder.rglob(f"*.{kind}"))
-    files = sorted(path for path in every if re.fullmatch(PUBLISHED[task][0], path.name))
-    return Published(task, folder, files) if files else None
+    found: dict[str, Path] = {}
+    for path in sorted(path for kind in ("json", "txt") for path in folder.rglob(f"*.{kind}")):
+        if match := re.fullmatch(PUBLISHED[task][0], path.name):
+            other = found.setdefault(match[1] if match.lastindex else str(path), path)
+            if other != path:
+                what = f"both {other.name} and {path.name} are here, which are the same part of {task}"
+                raise PipelineError(what, where=str(path), remedy="keep the one that is to be scored", code=BAD_ROWS)
+    return Published(task, folder, list(found.values())) if found else None

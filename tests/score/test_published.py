@@ -128,6 +128,8 @@ def test_questions_and_pictures_are_those_of_the_hubs_copy(
         ("vqav2", "v2_mscoco_val2014_annotations.json", '{"annotations": []}', "50 questions have no answer"),
         ("vqav2", "v2_mscoco_val2014_annotations.json", '{"info": 1}', "expected a JSON array under 'annotations'"),
         ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", lambda text: text.replace("image_id", "x"), "'image_id'"),
+        ("vqav2", "old/OpenEnded_mscoco_val2014_questions.json", "{}", "are here, which are the same part of vqav2"),
+        ("textvqa", "TextVQA_0.5_val.json", "{}", "both TextVQA_0.5.1_val.json and TextVQA_0.5_val.json are here"),
         ("gqa", "questions/testdev_balanced_questions.json", lambda text: text[:-9], "not a row of gqa as published"),
         ("gqa", "questions/testdev_balanced_questions.json", "[]", "not a row of gqa as published"),
         ("textvqa", "TextVQA_0.5.1_val.json", lambda text: text.replace('"answers"', '"x"'), "not a row of textvqa"),
@@ -141,6 +143,7 @@ def test_what_is_damaged_or_missing_is_one_line(
 ) -> None:
     write_published(tmp_path, name, png)
     path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
     if edit is None:
         path.unlink()
     else:

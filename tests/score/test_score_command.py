@@ -13,6 +13,7 @@ import typer
 from conftest import World
 from made_benchmarks import rows_of, write_copy
 from scored_models import make_project, save_model
+from test_published import write_published
 from typer.testing import CliRunner, Result
 
 from pipeline.chat.assistant import Assistant, Conversation, Sampling
@@ -201,6 +202,12 @@ def no_picture(folder: Path, png: Callable[[int], bytes]) -> None:
     write_copy(folder, "pope", rows_of("pope", 4), lambda number: b"no picture" if number == 2 else png(number))
 
 
+def lost_picture(folder: Path, png: Callable[[int], bytes]) -> None:
+    """As POPE's authors publish it."""
+    write_published(folder, "pope", png)
+    max(folder.rglob("*.jpg")).unlink()
+
+
 @pytest.mark.parametrize(
     ("name", "write", "said"),
     [
@@ -216,6 +223,7 @@ def no_picture(folder: Path, png: Callable[[int], bytes]) -> None:
         ("pope", changed("pope", question="What is this? " * 300), "the model holds 512"),
         ("pope", cut_short, "not a readable Parquet file"),
         ("pope", no_picture, "not a picture in a known format"),
+        ("pope", lost_picture, "no such image"),
     ],
 )
 def test_a_copy_that_cannot_be_scored_is_one_line(
