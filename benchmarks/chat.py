@@ -164,7 +164,6 @@ def measure(folder: Path, clip: Path, picture: Path, rounds: int) -> dict[str, A
     found = {name: Found(cold[name], answers[name]) for name in sides}
     ratio = median(a / b for a, b in zip(found["ours"].rates(), found["plain"].rates(), strict=True))
     return {name: side.figures() for name, side in found.items()} | {
-        "precision": ours.precision,
         "prompt_tokens": len(ours.prompt()),
         "ours_over_plain": round(ratio, 3),
     }
@@ -186,7 +185,7 @@ def make_minimind(folder: Path, *, tiny: bool) -> tuple[Path, Path, Path]:
 
 
 def show(console: Console, name: str, figures: dict[str, Any]) -> None:
-    title = f"{name}: {figures['prompt_tokens']} tokens of prompt, {NEW} of answer; ours in {figures['precision']}"
+    title = f"{name}: {figures['prompt_tokens']} tokens of prompt, {NEW} of answer"
     table = Table(title=title, box=box.SIMPLE)
     for column in ("side", "tokens/s", "min–max", "first token, s", "min–max", "the very first, s"):
         table.add_column(column, no_wrap=True)

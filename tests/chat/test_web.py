@@ -1,6 +1,7 @@
 """The page without a browser: who may reach it, what may be brought, and that no one has another's talk. Gradio is not needed."""
 
 import asyncio
+import re
 import shutil
 import socket
 import subprocess
@@ -239,8 +240,8 @@ def test_the_lock_holds_versions_that_gradio_takes() -> None:
     pytest.importorskip("gradio")
     from packaging.requirements import Requirement
 
-    locked = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    locked = {name.lower().replace("_", "-"): version for name, version in locked.items()}
+    lines = re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    locked = {name.lower().replace("_", "-"): version for name, version in lines}
     wanted = [Requirement(text) for text in metadata.requires("gradio") or []]
     asked = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
     assert {each.name for each in asked} & set(locked)

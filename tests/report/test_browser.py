@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from made_results import ROOT, Results, results  # noqa: F401
+from made_results import Results, results  # noqa: F401
 from PIL import Image
 from test_experiments import make_two_runs  # noqa: F401
 
