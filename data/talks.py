@@ -1,8 +1,8 @@
 """Talks about several pictures, made of easy-VQA's questions about each: what a second picture asks of a model.
 
-`build_dataset.py` writes training rows with it, `build_llm.py` dialogues about described pictures, and `measure_talks.py` asks a
-trained model about held-out ones. A talk is shaped as chat and the web page shape one: a picture stands before the first question
-about it, and a later question says which picture it means, or means the one shown last.
+`build_dataset.py` writes training rows with it, and `measure_talks.py` asks a trained model about held-out ones. A talk is shaped
+as chat and the web page shape one: a picture stands before the first question about it, and a later question says which picture
+it means, or means the one shown last.
 """
 
 import random
