@@ -10,6 +10,7 @@ from pipeline.core import PipelineError, exit_on_error, hold, keep_figures, quie
 from pipeline.params import StageParams, load_for_stage, read_yaml
 from stages.launch import SAID, launch, require_devices
 from stages.preflight import run_preflight
+from stages.stale import drop_stale_figures
 
 LOCKS = Path(".dvc/tmp/locks")
 PARALLEL = ("extract", "pretrain", "sft")
@@ -66,6 +67,7 @@ def _work_and_report(name: str, work: Callable[[StageParams], dict[str, Any]], p
     figures["seconds"] = round(time.perf_counter() - began, 1)
     figures["peak_memory_gb"] = round(peak_memory_gb(pick_device(params.runtime.device)), 3)
     keep_figures(Path("metrics") / f"{name}.json", figures)
+    drop_stale_figures(name)
     shown = ", ".join(f"{key} {value}" for key, value in figures.items() if not isinstance(value, dict))
     print(f"{name}: {shown}", flush=True)
     if failure:

@@ -1,10 +1,11 @@
 """`python -m pipeline.export.check EXPORT WORK`: what stock Transformers makes of an export, in a process of its own.
 
-Knows nothing of this pipeline: only the Auto classes read EXPORT. Reads WORK/rows.json and its pictures; writes
+Knows nothing of this pipeline's models: only the Auto classes read EXPORT. Reads WORK/rows.json and its pictures; writes
 WORK/logits.safetensors and WORK/result.json, which `pipeline.export.proof` compares with the pipeline's own numbers.
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from pipeline.core import bounded_memory
+
+SECONDS, MEMORY = 10.0, 1 << 30  # that a chat template, which is a program, may take of the processor and of memory
 
 
 def load(export: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, list[str]]:
@@ -35,9 +40,22 @@ def logits_of(model: Any, pixels: torch.Tensor, ids: list[int], keep: list[int])
     return output.logits[0].float()
 
 
+def render(processor: Any, messages: list[dict[str, Any]], **options: bool) -> str:
+    """A conversation's text, or this process ends: by a signal where time is up, as no single operation of C can escape."""
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        with bounded_memory(MEMORY):
+            return str(processor.apply_chat_template(messages, tokenize=False, **options))
+    except MemoryError:
+        sys.exit(f"its chat template takes over {MEMORY >> 20:,} MB of memory")
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
 @torch.inference_mode()
 def answer(model: Any, processor: Any, messages: list[dict[str, Any]], *, max_new_tokens: int) -> str:
     """The way Transformers' documentation puts a question: chat template with parts, then generate."""
+    render(processor, messages, add_generation_prompt=True)
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -51,7 +69,7 @@ def main(export: str, work: Path) -> None:
     logits, same_ids = {}, []
     for number, row in enumerate(content["rows"]):
         images = [Image.open(work / name) for name in row["images"]]
-        text = processor.apply_chat_template(row["messages"], tokenize=False)
+        text = render(processor, row["messages"])
         inputs = processor(text=text, images=images, return_tensors="pt")
         same_ids.append(inputs["input_ids"][0].tolist() == row["ids"])
         logits[str(number)] = logits_of(model, inputs["pixel_values"], row["ids"], row["keep"]).contiguous()

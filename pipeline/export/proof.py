@@ -6,6 +6,7 @@ and the comparison. Shapes: S images of a row, P patches, Dv vision width, K com
 
 import io
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,13 @@ from safetensors.torch import load_file
 
 from pipeline.chat.assistant import Conversation, Sampling
 from pipeline.core import ARTEFACT, PipelineError
+from pipeline.export.check import SECONDS
 from pipeline.export.source import Source
 from pipeline.params import Dataset
 from pipeline.records import ImageSlot, Record, Turn, decode, digest, measured_rows, open_dataset
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
-LIMIT = 7200  # seconds for stock Transformers, which renders the chat template without this pipeline's limits
+LIMIT = 7200  # seconds for stock Transformers
 SCAN = 10_000  # rows looked through for pictures not shown before
 
 
@@ -178,6 +180,8 @@ def _run(export: Path, work: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
     except subprocess.TimeoutExpired:
         raise _refuse(f"stock Transformers has not come to an end of it in {LIMIT:,} seconds") from None
+    if done.returncode == -signal.SIGPROF:
+        raise _refuse(f"its chat template takes over {SECONDS:.0f} seconds")
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()]
         raise _refuse(f"stock Transformers cannot run it: {last[-1] if last else f'exit code {done.returncode}'}")

@@ -168,6 +168,19 @@ def test_a_model_folder_that_is_no_dependency_is_refused(clone: Clone) -> None:
     assert "add data/models/elsewhere to stages.extract.deps" in done.stderr
 
 
+def test_a_checkpoint_that_is_trained_alone_has_no_figures_of_another_beside_it(clone: Clone) -> None:
+    figures = clone.folder / "metrics/sft.json"
+    assert clone.stages_run("dvc", "exp", "run", "-S", "pretrain.lr=5e-4", "pretrain") == ["pretrain"]
+    assert not figures.exists()
+    (row,) = [
+        rev["revs"][0] for base in json.loads(clone.run("dvc", "exp", "show", "--json").stdout) for rev in base["experiments"] or []
+    ]
+    assert row["data"]["metrics"]["metrics/pretrain.json"]["data"]["questions"] == 16
+    assert not row["data"]["metrics"].get("metrics/sft.json", {}).get("data")
+    assert clone.stages_run("dvc", "repro") == ["sft"]
+    assert json.loads(figures.read_text(encoding="utf-8"))["questions"] == 16
+
+
 def test_metrics_and_plots_can_be_shown_offline(clone: Clone) -> None:
     shown = json.loads(clone.run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
     for stage in ("pretrain", "sft"):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 
 # What cannot change an output: params are declared key by key, and the rest only reports. A stage does not depend on it.
-REPORTING = ("pipeline", "pipeline.params", "stages", "stages.run", "stages.launch", "stages.preflight")
+REPORTING = ("pipeline", "pipeline.params", "stages", "stages.run", "stages.launch", "stages.preflight", "stages.stale")
 
 
 @cache
