@@ -9,12 +9,14 @@ import io
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -58,6 +60,7 @@ def exit_on_error(work: Callable[[], object], *, memory: str = "") -> NoReturn:
     parameters that mend a lack of memory.
     """
     _open_standard_streams()
+    _refuse_pipes()
     before, struck = set(threading.enumerate()), _watch_interrupts()
     try:
         work()
@@ -174,6 +177,29 @@ def _open_standard_streams() -> None:
     for stream in (sys.stderr, sys.stdin):
         if isinstance(stream, io.TextIOWrapper):  # a name that no terminal can show ends nothing, nor do bytes that are no text
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
+
+
+@cache
+def _refuse_pipes() -> None:
+    """A named pipe where a file should be is refused like any other that cannot be opened: nobody may ever write to it.
+
+    Those of a shell, `<(...)` and standard input, lie below /dev.
+    """
+
+    def look(event: str, given: tuple[Any, ...]) -> None:
+        if event != "open" or not isinstance(given[0], str | bytes):
+            return
+        path = os.fsdecode(given[0])
+        if path.startswith(("/dev/", "/proc/")) or given[2] & os.O_NONBLOCK:
+            return
+        try:
+            is_pipe = stat.S_ISFIFO(os.stat(path).st_mode)
+        except (OSError, ValueError):
+            return
+        if is_pipe:
+            raise OSError(errno.EINVAL, "a pipe, expected a file", path)
+
+    sys.addaudithook(look)
 
 
 def _end_helpers(before: set[threading.Thread], code: int) -> None:

@@ -4,6 +4,9 @@ A claim is a file beside the shard that one process alone can create (O_EXCL, wh
 touches it as it goes on; one that has not changed for `LEASE` seconds, by the clock of whoever watches it, is lost, and so is one
 whose process was of this machine and is gone. No result depends on claims: a shard's name and bytes follow from its images, and
 it appears whole, so two processes that encode the same one lose time and nothing else.
+
+Not the locks of `pipeline.core.locks`, which have to exclude others and so may fail: those are the system's, of one machine, and
+end with a process. Other machines see them on some file systems and not on others; a claim is lost by silence, anywhere.
 """
 
 import json

@@ -100,3 +100,12 @@ def work():
     assert done.stderr.startswith("error: pipe: reading it has stood still for 0.5 s")
     assert "GLANCE_PATIENCE" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_pipe_that_nobody_writes_to_is_refused_and_a_shell_s_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "params.yaml")
+    body = "import sys\ndef work(): print(open(sys.argv[1]).read())"
+    done = command(body, str(tmp_path / "params.yaml"))
+    assert done.returncode == 5
+    assert done.stderr == f"error: {tmp_path}/params.yaml: a pipe, expected a file\n"
+    assert command(body, "/dev/stdin", input="words").stdout == "words\n"

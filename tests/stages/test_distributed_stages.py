@@ -287,14 +287,20 @@ def test_a_signal_that_comes_in_several_copies_asks_once(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_process_that_the_system_kills_is_named(alone: Path, project: Path) -> None:
-    """As it does when memory runs out."""
+@pytest.mark.parametrize("name", ["pretrain", "sft"])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_the_system_kills_is_named(name: str, rank: str, alone: Path, project: Path) -> None:
+    """As it does when memory runs out. The other one ends with it: `finish` waits for two minutes, gloo would for thirty."""
     take(alone, project)
-    running = stage("pretrain", project)
+    if name == "sft":
+        shutil.copytree(alone / "models/pretrain", project / "models/pretrain")
+    set_params(project, f"{name}.epochs=200")
+    running = stage(name, project)
     family = stop_after(running, project, 2, signal.SIGCONT)
-    next(process for process in family[1:] if process.environ().get("RANK") == "1").kill()
-    assert only_error(finish(running, code=128 + 9)).startswith("error: process 2 was ended by SIGKILL")
+    next(process for process in family[1:] if process.environ().get("RANK") == rank).kill()
+    assert only_error(finish(running, code=128 + 9)).startswith(f"error: process {int(rank) + 1} was ended by SIGKILL")
     assert_gone(family)
+    assert not (project / "models" / name).exists()
 
 
 @pytest.mark.slow
