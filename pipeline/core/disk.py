@@ -84,7 +84,8 @@ def replace(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
         return
     except OSError as error:
-        if error.errno not in REFUSALS | {errno.EEXIST, errno.ENOTEMPTY}:
+        over_a_folder = path.is_dir() and not temporary.is_dir()  # a mistaken name, which must not cost what is in there
+        if over_a_folder or error.errno not in REFUSALS | {errno.EEXIST, errno.ENOTEMPTY}:
             raise
         refusal = error
     aside = temporary.with_name(f"{temporary.name.removesuffix('.tmp')}-.tmp") if os.path.lexists(path) else None

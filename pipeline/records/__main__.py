@@ -37,6 +37,8 @@ def repack(
 def _repack(source: Path, out: Path, rows: int) -> None:
     if out.exists():
         raise PipelineError("exists", where=str(out), remedy="name another file or remove it")
+    if source.exists() and not source.is_file():
+        raise PipelineError("no file", where=str(source), remedy="name a Parquet file")
     try:
         parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
     except FileNotFoundError:

@@ -184,3 +184,15 @@ def test_what_is_mapped_is_read_where_nothing_can_be_mapped(
     for read in (map_arrow, map_array, map_tensors):
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "none")
+
+
+def test_a_file_does_not_take_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "look.png").mkdir()
+    (tmp_path / "look.png/dear.txt").write_text("kept")
+    with (
+        pytest.raises(PipelineError, match=r"look\.png: cannot be written: Is a directory"),
+        publish(tmp_path / "look.png") as made,
+    ):
+        made.write_text("new")
+    assert (tmp_path / "look.png/dear.txt").read_text() == "kept"
+    assert [found.name for found in tmp_path.iterdir()] == ["look.png"]

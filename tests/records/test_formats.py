@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import random
 import tarfile
 from pathlib import Path
@@ -217,7 +218,9 @@ def test_repack_keeps_every_row_and_makes_row_groups_small(tmp_path: Path, png: 
     assert [small.metadata.row_group(i).num_rows for i in range(small.num_row_groups)] == [3, 3, 1]
 
 
-@pytest.mark.parametrize(("source", "said"), [("missing", "no such file"), ("text", "not a readable Parquet"), ("torn", "damaged")])
+@pytest.mark.parametrize(
+    ("source", "said"), [("missing", "no such file"), ("text", "not a readable Parquet"), ("torn", "damaged"), ("pipe", "no file")]
+)
 def test_repack_leaves_nothing_behind_when_it_fails(tmp_path: Path, source: str, said: str) -> None:
     (tmp_path / "text").write_text("no Parquet")
     chance = random.Random(0)
@@ -226,7 +229,8 @@ def test_repack_leaves_nothing_behind_when_it_fails(tmp_path: Path, source: str,
     data = bytearray((tmp_path / "torn").read_bytes())
     data[5000] ^= 1
     (tmp_path / "torn").write_bytes(data)
+    os.mkfifo(tmp_path / "pipe")
     run = CliRunner().invoke(app, ["repack", str(tmp_path / source), str(tmp_path / "out")])
     assert run.exit_code == 2
     assert said in run.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "torn"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "text", "torn"]
