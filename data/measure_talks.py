@@ -17,6 +17,7 @@ import torch
 from talks import Step, write_talk
 
 from pipeline.chat.assistant import Assistant, Conversation, Sampling
+from pipeline.core import quiet_libraries
 
 DATA = Path(__file__).parent / "easyvqa"
 TALKS, SEED = 1000, 7
@@ -55,5 +56,6 @@ def measure(assistant: Assistant, count: int = TALKS) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     torch.set_num_threads(1)
     print(json.dumps(measure(Assistant(sys.argv[1] if len(sys.argv) > 1 else "models/sft", device="cpu"))))
