@@ -5,7 +5,7 @@ one row. Whether the checkpoint is another one dvc.lock tells: the hash, as DVC 
 """
 
 import json
-from hashlib import md5
+from hashlib import file_digest, md5
 from pathlib import Path
 from typing import Any
 
@@ -37,5 +37,10 @@ def _started_from(stage: dict[str, Any], model: Path) -> str:
 def _hash_of(folder: Path) -> str:
     """A folder's hash in dvc.lock: of the list of its files, with their own."""
     names = sorted((path.relative_to(folder) for path in folder.rglob("*") if path.is_file()), key=lambda path: path.parts)
-    files = [{"md5": md5((folder / name).read_bytes()).hexdigest(), "relpath": name.as_posix()} for name in names]
+    files = [{"md5": _file_hash(folder / name), "relpath": name.as_posix()} for name in names]
     return md5(json.dumps(files, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "md5").hexdigest()
