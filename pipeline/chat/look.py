@@ -16,7 +16,7 @@ from pipeline.core import PipelineError, exit_on_error, in_project, make_folder,
 if TYPE_CHECKING:
     from PIL import Image
 
-    from pipeline.chat.assistant import Assistant
+    from pipeline.chat.assistant import Assistant, Conversation
     from pipeline.records import Turn
     from pipeline.saliency import Seen
 
@@ -48,24 +48,36 @@ def _look(asked: list[str], out: Path, by: list[str], model: Path, max_tokens: i
     require_model(model)
     files = [read_picture(path) for path in paths]
     require_text(question, "the question")
+    if out.is_dir():
+        raise PipelineError("is a folder", where=show(out), remedy="set --out to the name of a file")
     make_folder(out.parent)
     quiet_libraries()
-    from pipeline.chat.assistant import Assistant, Conversation, Sampling
+    with publish(out) as temporary:  # a place that takes no file is told before a model is loaded
+        assistant, talk = _answer(paths, files, question, model=model, most=max_tokens, device=device)
+        seen = look_back(assistant, talk.turns, files, list(dict.fromkeys(by)))
+        sheet = sheet_of(assistant, files, seen)
+        with writing(out):
+            sheet.save(temporary, "PNG", optimize=True)
     from pipeline.saliency import METHODS
 
-    assistant, talk = Assistant(model, device=device), Conversation()
-    assistant.ask(talk, question, [assistant.look_at(data, show(path)) for path, data in zip(paths, files, strict=True)])
-    for _ in assistant.answer(talk, Sampling(max_tokens)):
-        pass
-    print("".join(map(str, talk.turns[-1].parts)), flush=True)
-    seen = look_back(assistant, talk.turns, files, list(dict.fromkeys(by)))
-    sheet = sheet_of(assistant, files, seen)
-    with publish(out) as temporary, writing(out):
-        sheet.save(temporary, "PNG", optimize=True)
     left_out = f", the first {DRAWN} of {len(seen.words)}" if len(seen.words) > DRAWN else ""
     print(f"{show(out)}: {' '.join(seen.words[:DRAWN])}{left_out}")
     for maps in seen.maps:
         print(f"  {maps.method}: {METHODS[maps.method]}")
+
+
+def _answer(
+    paths: Sequence[Path], files: Sequence[bytes], question: str, *, model: Path, most: int, device: str
+) -> "tuple[Assistant, Conversation]":
+    """A talk of one question about all pictures, answered; the answer is printed."""
+    from pipeline.chat.assistant import Assistant, Conversation, Sampling
+
+    assistant, talk = Assistant(model, device=device), Conversation()
+    assistant.ask(talk, question, [assistant.look_at(data, show(path)) for path, data in zip(paths, files, strict=True)])
+    for _ in assistant.answer(talk, Sampling(most)):
+        pass
+    print("".join(map(str, talk.turns[-1].parts)), flush=True)
+    return assistant, talk
 
 
 def look_back(assistant: "Assistant", turns: Sequence["Turn"], files: Sequence[bytes], methods: Sequence[str]) -> "Seen":

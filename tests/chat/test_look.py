@@ -63,6 +63,8 @@ def test_what_is_looked_back_at_leaves_the_next_answer_as_it_is(trained: Path, w
     ("arguments", "said"),
     [
         (["0.png", "What?", "--out", "seen.jpg"], "seen.jpg: expected a name that ends in .png"),
+        (["0.png", "What?", "--out", "kept.png"], "kept.png: is a folder -> set --out to the name of a file"),
+        (["0.png", "What?", "--out", "x" * 300 + ".png"], ".png: File name too long"),
         (["0.png", "What?", "--by", "magic"], "--by magic: no such way of looking -> take rollout, gradient or tokens"),
         (["What?"], "expected a picture and a question"),
         (["0.png", " "], "expected a picture and a question"),
@@ -74,9 +76,11 @@ def test_a_mistake_is_one_line(
     project: Path, trained: Path, arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("RGB", (8, 8)).save(project / "0.png")
+    (project / "kept.png").mkdir()
     made = run(*(["--model", str(trained)] if "--model" not in arguments else []), *arguments)
     assert made.exit_code != 0
     error = made.stderr or capfd.readouterr().err
     assert said in error
     assert len(error.strip().splitlines()) == 1
+    assert not made.stdout  # told before a model has answered
     assert not (project / "look.png").exists()
