@@ -80,11 +80,12 @@ Script = Callable[[Session, Path], None]
 
 
 def keys(*typed: str) -> Script:
-    """Each line typed at a prompt of its own."""
+    """Each line typed at a prompt of its own, as late as a person can at the earliest: see `Session.press`."""
 
     def play(talk: Session, pictures: Path) -> None:
         for text in typed:
             talk.until("you> ")
+            time.sleep(0.1)
             talk.type(text.replace("PICTURES", str(pictures)))
 
     return play
