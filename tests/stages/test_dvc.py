@@ -170,11 +170,10 @@ def test_a_model_folder_that_is_no_dependency_is_refused(clone: Clone) -> None:
 
 def test_a_checkpoint_that_is_trained_alone_has_no_figures_of_another_beside_it(clone: Clone) -> None:
     figures = clone.folder / "metrics/sft.json"
-    assert clone.stages_run("dvc", "exp", "run", "-S", "pretrain.lr=5e-4", "pretrain") == ["pretrain"]
+    assert clone.stages_run("dvc", "exp", "run", "-n", "alone", "-S", "pretrain.lr=5e-4", "pretrain") == ["pretrain"]
     assert not figures.exists()
-    (row,) = [
-        rev["revs"][0] for base in json.loads(clone.run("dvc", "exp", "show", "--json").stdout) for rev in base["experiments"] or []
-    ]
+    shown = json.loads(clone.run("dvc", "exp", "show", "--json").stdout)
+    (row,) = [found["revs"][0] for base in shown for found in base["experiments"] or [] if found["name"] == "alone"]
     assert row["data"]["metrics"]["metrics/pretrain.json"]["data"]["questions"] == 16
     assert not row["data"]["metrics"].get("metrics/sft.json", {}).get("data")
     assert clone.stages_run("dvc", "repro") == ["sft"]
