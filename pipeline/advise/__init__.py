@@ -1,11 +1,11 @@
 """Does caching pay for these data, this encoder, this language model and so many epochs? Measured here, then computed.
 
-sample     a few of the user's rows as a training stage's inputs     rates      seconds a picture and a row, measured on them
+rates      seconds of a row of features, measured (those of steps and pictures are `pipeline.check`'s)
 verdict    what a run takes with the cache and live, and from when on the cache is ahead              telling    the same in words
 """
 
 from pipeline.advise.command import advise
 from pipeline.advise.telling import as_lines
-from pipeline.advise.verdict import Advice, Choice, Rates, Work
+from pipeline.advise.verdict import Advice, Choice
 
-__all__ = ["Advice", "Choice", "Rates", "Work", "advise", "as_lines"]
+__all__ = ["Advice", "Choice", "advise", "as_lines"]

@@ -1,30 +1,38 @@
 """The command `python -m pipeline.advise`: the data are counted, a sample is timed, and what follows is told."""
 
-import io
 import shutil
 import tempfile
 import warnings
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from accelerate.state import AcceleratorState
 
-from pipeline.advise.rates import time_reading, time_steps
-from pipeline.advise.sample import Size, measure_size, sample_pictures, write_sample, write_store
+from pipeline.advise.rates import time_reading
 from pipeline.advise.telling import as_lines
-from pipeline.advise.verdict import Advice, Rates, Work, choose
-from pipeline.check import encoder_shape, time_pictures
+from pipeline.advise.verdict import Advice, choose
+from pipeline.check import (
+    STAGES,
+    Rates,
+    Size,
+    Work,
+    encoder_shape,
+    measure_size,
+    rows_a_visit,
+    sample_pictures,
+    sampled_run,
+    time_pictures,
+    time_steps,
+    write_sample,
+    write_store,
+)
 from pipeline.core import enter_project, exit_on_error, main_checkout, merged_tokens, quiet_libraries
 from pipeline.core.devices import pick_batch, pick_device, pick_workers, use_device, use_fast_float32
 from pipeline.features import Encoder, FusedEncoder, load_encoder, member_folders
-from pipeline.params import Params, StageParams, check, override, read_yaml
+from pipeline.params import Params, check, override, read_yaml
 from pipeline.records import Mixture, Source, no_pictures, open_dataset
 from pipeline.text import PromptBuilder
-from pipeline.vlm.training import assemble
 
-STAGES = ("pretrain", "sft")
 SAMPLES = 16  # pictures that decoding is timed on
 SECONDS = 4.0  # of warm-up, and of timing, of each stage's steps
 
@@ -102,13 +110,13 @@ def _write(
     params: Params, name: str, source: Source | Mixture, encoder: Encoder | FusedEncoder, folder: Path
 ) -> tuple[float, float, float]:
     """A sample of the data set's rows in `folder`; seconds of a row of features, to disk, from memory and from disk."""
-    llm, limits = params.llm, params.tokenize
+    llm = params.llm
     tokens = merged_tokens(encoder.tokens, params.projector.factor)
     builder = PromptBuilder(llm.model, revision=llm.revision, image_token=llm.image_token, tokens=tokens, date=llm.date)
-    table = write_sample(folder, name, source, builder, max_tokens=limits.max_tokens, too_long=limits.too_long)
+    tables = [write_sample(folder, table, source, builder, params.tokenize) for table in (name, "heldout")]
     stores = member_folders(folder / "features", len(encoder.members))
-    writing = sum(write_store(store, member, table) for store, member in zip(stores, encoder.members, strict=True))
-    if not table.slots:
+    writing = sum(write_store(store, member, tables) for store, member in zip(stores, encoder.members, strict=True))
+    if not tables[0].slots:
         return 0.0, 0.0, 0.0
     warm, cold = zip(*(time_reading(store, encoder.device) for store in stores), strict=True)
     return writing, sum(warm), sum(cold)
@@ -116,30 +124,17 @@ def _write(
 
 def _work(params: Params, name: str, size: Size, extracted: Size, encoder: Encoder | FusedEncoder, folder: Path) -> Work:
     """What the stage has to do, its steps timed."""
-    training = getattr(params, name).model_copy(update={"features": "stored"})
-    with redirect_stdout(io.StringIO()):  # of a stage, which this is not
-        run = assemble(
-            StageParams(params, frozenset(Params.model_fields), "advise"),
-            training,
-            dataset=getattr(params.data, name),
-            name=name,
-            start=None,
-            data=folder,
-        )
-    try:
-        step = time_steps(run, seconds=SECONDS)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)  # the next stage may compute in another precision
-    shared = run.examples.shared
+    with sampled_run(params, name, folder) as run:
+        step, visits = time_steps(run, seconds=SECONDS), round(size.slots / rows_a_visit(run))
     return Work(
         name=name,
-        train=training.train,
+        train=getattr(params, name).train,
         rows=size.rows,
         pictures=size.pictures,
         fresh=size.beyond(extracted) if size is not extracted else size.pictures,
-        visits=round(size.slots / (shared.rows_a_group if shared else 1)),
+        visits=visits,
         kept=params.runtime.live_cache_mb * 1_000_000 // (encoder.tokens * encoder.width * 2),
-        epochs=training.epochs,
+        epochs=getattr(params, name).epochs,
         step=step,
     )
 

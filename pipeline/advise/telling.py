@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.advise.verdict import Advice, Choice, Work
-from pipeline.check import seconds_text, size_text
+from pipeline.advise.verdict import Advice, Choice
+from pipeline.check import Work, seconds_text, size_text
 from pipeline.features import Float16Format, Int8Format, row_bytes
 
 

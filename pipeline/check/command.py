@@ -12,12 +12,13 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from pipeline.check.costs import Shape, context_of, encoder_shape, extraction_rate
+from pipeline.check.costs import Rate, Shape, context_of, encoder_shape, extraction_rate
 from pipeline.check.facts import Model, cost
 from pipeline.check.page import write_page
 from pipeline.check.preflight import preflight
 from pipeline.check.survey import Report, Settings, Subject, survey
 from pipeline.check.terminal import clean, open_console, show
+from pipeline.check.training import make_part, training_costs
 from pipeline.core import BAD_ROWS, PipelineError, enter_project, exit_on_error, make_folder, merged_tokens, quiet_libraries
 from pipeline.params import Dataset, Params, load
 from pipeline.records import Source, SourceSpec, no_pictures, open_dataset
@@ -90,7 +91,8 @@ def _check(asked: Asked, params: Params) -> None:
         with tqdm(desc=f"check {clean(subject.title)}", unit="row", mininterval=0.5, leave=False, disable=None) as bar:
             reports.append(survey(subject, settings, bar.update))
         show(console, reports[-1], model)
-    total = extraction_cost(reports, params, shape, of_params=not asked.data)
+    sound = not any(not finding.note for finding in found) and all(report.good for report in reports)
+    total = _costs(reports, params, shape, of_params=not asked.data, timed=sound)
     dealt = params.data.heldout.share  # by content: then no picture is on both sides
     shared = _shared(reports) if not asked.data and not dealt else 0
     if not asked.data and dealt:
@@ -155,15 +157,29 @@ def load_builder(params: Params) -> tuple[Shape | None, PromptBuilder | None, st
     return shape, builder, ""
 
 
-def extraction_cost(reports: list[Report], params: Params, shape: Shape | None, *, of_params: bool) -> str:
+def measured_rate(reports: list[Report], params: Params) -> Rate | None:
+    """Pictures a second of the encoder, by some of these."""
+    return extraction_rate(params, [sample for report in reports for sample in report.pictures.samples])
+
+
+def extraction_line(title: str, reports: list[Report], shape: Shape | None, rate: Rate | None) -> str:
     """What extraction will cost."""
+    contents = np.unique(np.concatenate([report.pictures.contents.sorted() for report in reports]))
+    return f"{title}: {cost(len(contents), shape, rate)}" if len(contents) else "extract: no pictures"
+
+
+def _costs(reports: list[Report], params: Params, shape: Shape | None, *, of_params: bool, timed: bool) -> str:
+    """What extraction will cost and, where the data sets are those of params and `timed`, training: a line a stage."""
     read = [report for report in reports if not of_params or report.subject.title.removeprefix("data.") in EXTRACTED]
-    contents = np.unique(np.concatenate([report.pictures.contents.sorted() for report in read]))
-    if not len(contents):
-        return "extract: no pictures"
-    samples = [sample for report in read for sample in report.pictures.samples]
-    names = " and ".join(report.subject.title for report in read) if of_params else "as pretraining data"
-    return f"extract ({names}): {cost(len(contents), shape, extraction_rate(params, samples))}"
+    title = f"extract ({' and '.join(report.subject.title for report in read) if of_params else 'as pretraining data'})"
+    rate = measured_rate(read, params)
+    lines = [extraction_line(title, read, shape, rate)]
+    if of_params and timed:
+        share = params.data.heldout.share
+        shares = (1 - share, 1 - share, share or 1.0)  # of rows of their own held-out ones take none away, and few
+        parts = [make_part(report, report.subject.source, each) for report, each in zip(reports, shares, strict=True)]
+        lines += training_costs(params, dict(zip(SETS, parts, strict=True)), rate)
+    return "\n".join(lines)
 
 
 def _require_pictures(reports: list[Report], params: Params) -> None:

@@ -95,8 +95,7 @@ def context_of(llm: LanguageModel) -> int | None:
 
 def extraction_rate(params: Params, samples: list[bytes], metrics: Path = Path("metrics/extract.json")) -> Rate | None:
     """Measured on `samples` where the encoder is small and at hand, else that of the last run of extract, else None."""
-    folders = [Path(member.model) for member in params.vision.members]
-    weights = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in folders]
+    weights = [weights_size(member.model) for member in params.vision.members]
     if samples and all(weights) and sum(weights) <= CHEAP:
         try:
             seconds = sum(_measure(params, member, samples).extraction for member in params.vision.members)
@@ -108,6 +107,11 @@ def extraction_rate(params: Params, samples: list[bytes], metrics: Path = Path("
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Rate(found, f"as in the last extract, {metrics}") if found > 0 else None
+
+
+def weights_size(model: str) -> int:
+    """Bytes of a model folder's weights; 0 for a hub id."""
+    return sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 import shlex
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +10,28 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from pipeline.check import Model, Report, Settings, Subject, context_of, extraction_cost, load_builder, open_console, show, survey
+from pipeline.check import (
+    Model,
+    Report,
+    Settings,
+    Subject,
+    context_of,
+    extraction_line,
+    load_builder,
+    make_part,
+    measured_rate,
+    open_console,
+    show,
+    survey,
+    training_costs,
+)
 from pipeline.core import PipelineError, enter_project, exit_on_error, quiet_libraries, run_command
-from pipeline.params import Params, check
+from pipeline.params import Params, check, load
 from pipeline.project.columns import as_option, read_columns
 from pipeline.project.files import Files, propose, tell_untracked
 from pipeline.project.plan import Plan, find_records, make_plan
 from pipeline.project.use import take
-from pipeline.records import Columns, Source, SourceSpec
+from pipeline.records import Columns, Source, SourceSpec, open_dataset
 
 SHOWN = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -73,7 +86,8 @@ def _new(
         console.print(f"- {reason}", soft_wrap=True, highlight=False)
     console.print()
     if propose(files, console, yes=yes, dry_run=dry_run):
-        _tell_next(console, reports, plan, params, model, pictures)
+        _tell_costs(console, reports, plan, model)
+        _tell_next(console, pictures)
 
 
 def _survey(found: list[Path], pictures: Path, params: Params, named: dict[str, Any]) -> tuple[list[Report], Model]:
@@ -91,12 +105,21 @@ def _survey(found: list[Path], pictures: Path, params: Params, named: dict[str, 
     return reports, Model(params.tokenize, shape, context_of(params.llm), problem, params.projector.factor)
 
 
-def _tell_next(console: Console, reports: list[Report], plan: Plan, params: Params, model: Model, pictures: Path) -> None:
-    """What it will cost, and the commands."""
-    with suppress(PipelineError):
-        console.print(extraction_cost(reports, params, model.shape, of_params=False), soft_wrap=True, highlight=False)
-    steps = ", ".join(f"{name} {count:,}" for name, count in plan.steps.items())
-    console.print(f"optimiser steps, about: {steps}\n", highlight=False)
+def _tell_costs(console: Console, reports: list[Report], plan: Plan, model: Model) -> None:
+    """What disk and time the stages will take, by params.yaml as it is written."""
+    params = load(Path("params.yaml"))
+    rate, share = measured_rate(reports, params), params.data.heldout.share
+    parts = {
+        name: make_part(report, open_dataset(getattr(params.data, name)), share if name == "heldout" else 1 - share)
+        for name, report in plan.reports.items()
+    }
+    for line in (extraction_line("extract", reports, model.shape, rate), *training_costs(params, parts, rate)):
+        console.print(line, soft_wrap=True, highlight=False)
+    console.print()
+
+
+def _tell_next(console: Console, pictures: Path) -> None:
+    """The commands."""
     shown = next((path for path in sorted(pictures.rglob("*")) if path.suffix.lower() in SHOWN), None)
     first = shlex.quote(str(shown)) if shown else "PICTURE"
     commands = [

@@ -29,7 +29,7 @@ class Plan:
 
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
-    steps: dict[str, int] = field(default_factory=dict)
+    reports: dict[str, Report] = field(default_factory=dict)  # of pretrain, sft and heldout
 
 
 def find_records(pictures: Path, given: list[Path]) -> list[Path]:
@@ -75,6 +75,7 @@ def make_plan(reports: list[Report], pictures: Path, trainings: dict[str, Any], 
             raise _unusable(report)
     first, second = (captions or talks)[0], (talks or captions)[0]
     for name, report in (("pretrain", first), ("sft", second), ("heldout", second)):
+        plan.reports[name] = report
         plan.sections[f"data.{name}"] = {"records": in_params(Path(report.subject.records)), "images": in_params(pictures)}
         if columns:
             plan.sections[f"data.{name}"]["columns"] = dict(columns)
@@ -151,4 +152,3 @@ def _plan_training(plan: Plan, name: str, report: Report, share: float, training
         epochs = min(MOST_EPOCHS, max(epochs, ceil(STEPS / ceil(rows / batch))))
         plan.sections[name] = {"batch_size": batch, "epochs": epochs}
         plan.reasons.append(f"{name}: {rows:,} rows are few, so {epochs} times over in batches of {batch}")
-    plan.steps[name] = ceil(rows / batch) * epochs

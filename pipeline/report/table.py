@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.core import ARTEFACT, PipelineError, costs_of
+from pipeline.report.hints import hints
 
 STAGES = ("extract", "tokenize", "pretrain", "sft")
 
@@ -56,12 +57,5 @@ def show_table() -> None:
     console = Console(width=100)
     for table in tables(read_metrics(Path("metrics"))):
         console.print(table)
-    console.print(
-        "Report: python -m pipeline.report --html report.html, with every picture, answer and curve worth a look\n"
-        "Curves: dvc plots show, which writes dvc_plots/index.html. Figures: dvc metrics show\n"
-        "Try:    source .venv/bin/activate\n"
-        "        dvc exp run -S pretrain.lr=2e-3          trains again on the cached features\n"
-        "        python -m pipeline.chat data/samples/test-11.png",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for line in hints():
+        console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)

@@ -12,7 +12,8 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from pipeline.advise import advise, as_lines, command
-from pipeline.advise.verdict import Rates, Work, choose, encodings, extraction_seconds
+from pipeline.advise.verdict import choose
+from pipeline.check import Rates, Work, encodings, extraction_seconds
 from pipeline.check.costs import PictureTime
 from pipeline.core.errors import PipelineError
 

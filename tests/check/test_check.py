@@ -298,4 +298,4 @@ def test_all_rows_of_the_project_s_own_data_sets_are_sound(monkeypatch: pytest.M
     monkeypatch.chdir(ROOT)
     run = CliRunner().invoke(app, [])
     assert run.exit_code == 0, run.output
-    assert run.stdout.splitlines()[-1] == "sound: 52,248 rows"
+    assert run.stdout.splitlines()[-1] == "sound: 28,058 rows"

@@ -4,7 +4,7 @@ Features are noise: what is timed on them takes the time that real ones take, an
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,9 +14,10 @@ import pyarrow as pa
 import torch
 import xxhash
 
-from pipeline.check import Keys
+from pipeline.check.counting import Keys
 from pipeline.core import BAD_ROWS, PipelineError, make_folder
 from pipeline.features import Encoder, write_index, write_shard
+from pipeline.params import Tokenize
 from pipeline.records import BadRow, Mixture, Record, Source
 from pipeline.text import PromptBuilder, RowTokenizer, Summary, TokenTable, tokenize, write_tokens
 
@@ -54,10 +55,11 @@ def measure_size(source: Source | Mixture, images: str) -> Size:
 
 
 def write_sample(
-    folder: Path, name: str, source: Source | Mixture, builder: PromptBuilder, *, max_tokens: int, too_long: str
+    folder: Path, name: str, source: Source | Mixture, builder: PromptBuilder, limits: Tokenize, *, most: int = ROWS
 ) -> TokenTable:
-    """The first rows that can be trained on, as `name` and as held-out ones in `folder`/tokens. Raises `PipelineError` for none."""
-    tokenizer = RowTokenizer(builder, source.images, max_tokens, "skip" if too_long == "stop" else too_long)
+    """The first rows that can be trained on, as `name` in `folder`/tokens: at most `most`. Raises `PipelineError` for none."""
+    too_long = "skip" if limits.too_long == "stop" else limits.too_long
+    tokenizer = RowTokenizer(builder, source.images, limits.max_tokens, too_long)
     made = tokenize(
         islice(source.records(), LOOKED_AT), tokenizer, Summary(), workers=1, progress=_nothing, reject=_nothing, refuse=_nothing
     )
@@ -69,9 +71,9 @@ def write_sample(
             remedy="python -m pipeline.check",
             code=BAD_ROWS,
         )
-    batches = rows.slice(0, 1 << (min(ROWS, len(rows)).bit_length() - 1)).to_batches()
-    for table in (name, "heldout"):
-        write_tokens(folder / f"tokens/{table}.arrow", batches, builder.spec())
+    write_tokens(
+        folder / f"tokens/{name}.arrow", rows.slice(0, 1 << (min(most, len(rows)).bit_length() - 1)).to_batches(), builder.spec()
+    )
     return TokenTable(folder / f"tokens/{name}.arrow")
 
 
@@ -88,9 +90,9 @@ def _nothing(_: object) -> None:
     pass
 
 
-def write_store(out: Path, encoder: Encoder, table: TokenTable) -> float:
-    """`out`: a store with a row for each picture of the table; returns the seconds that writing a row took."""
-    hashes = np.unique(table.image_hashes(), axis=0)
+def write_store(out: Path, encoder: Encoder, tables: Sequence[TokenTable]) -> float:
+    """`out`: a store with a row for each picture of the tables; returns the seconds that writing a row took."""
+    hashes = np.unique(np.concatenate([table.image_hashes() for table in tables]), axis=0)
     make_folder(out)
     path, spec, rows = out / "sample.h5", encoder.row_spec(), list(_noise(encoder, len(hashes)))
     began = time.perf_counter()
