@@ -1,7 +1,12 @@
-"""The embedded conversations about several pictures: what they answer is so, and chat puts its questions as they do."""
+"""The embedded conversations about several pictures: what they answer is so, and chat puts its questions as they do.
 
+The embedded language model has read such conversations about pictures that it was told of; they are put so too.
+"""
+
+import importlib
 import json
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from pipeline.chat.assistant import Assistant, Conversation
+from pipeline.chat.assistant import Assistant, Conversation, user_turn
 from pipeline.records.formats import RowPolicy, SourceSpec, open_source
 from pipeline.records.record import ImageSlot, Record, Turn
 from pipeline.text import PromptBuilder
@@ -93,3 +98,33 @@ def test_chat_puts_a_talk_as_it_is_trained(pictures: int) -> None:
             asked, end = builder.build_question(talk.turns), trained.spans[number // 2][0]
             assert asked.ids.tolist() == trained.ids[:end].tolist()
             assert asked.image_starts == tuple(start for start in trained.image_starts if start < end)
+
+
+def test_the_language_model_has_read_talks_as_chat_puts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DATA)
+    for name in ("talks", "schooling"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    schooling = importlib.import_module("schooling")
+    monkeypatch.setattr(schooling, "TALK_BLURRED", 1.0)
+    builder = PromptBuilder(str(DATA / "models/llm"), image_token="<image>", tokens=1)
+    image = schooling.SPECIAL.index("<image>")
+    writer = schooling.Writer(builder.tokenizer, schooling.read_lessons(), 1.0)
+    seen = set[int]()
+    for _ in range(60):
+        row = writer.write_row()
+        blurred = [weights != (1.0, 0.0, 0.0) for weights in row.weights]
+        kept = [at for at, now in enumerate(blurred) if not (now and blurred[at - 1])]  # one place for each picture
+        del kept[-1]  # the newline behind the last answer, which the pipeline leaves out
+        ids = [image if blurred[at] else row.ids[at][0] for at in kept]
+        turns, shown = list[Turn](), 0
+        for role, words in re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", builder.tokenizer.decode(ids), re.DOTALL):
+            here = words.count("<image>")
+            text = words.replace("<image>\n", "")
+            turns.append(user_turn(text, range(shown, shown + here)) if role == "user" else Turn(role, (text,)))
+            shown += here
+        asked = builder.build(turns)
+        assert ids == asked.ids.tolist()
+        learnt = {place for start, end in asked.spans for place in range(start, end)}
+        assert [row.supervised[at] for at in kept] == [place in learnt for place in range(len(kept))]
+        seen.add(shown)
+    assert seen == {2, 3}
