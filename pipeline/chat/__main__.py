@@ -5,11 +5,6 @@ answers for each; otherwise it is a talk. Greedy and seeded unless told otherwis
 loads or has nobody to ask, 141 when whoever reads its output goes; else with one line that says why.
 """
 
-import _signal  # the module behind `signal`, which takes a while to import itself
-
-if __name__ == "__main__":
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # imports that are interrupted halfway have nothing to say
-
 import sys
 from pathlib import Path
 from typing import Annotated

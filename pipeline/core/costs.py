@@ -30,7 +30,8 @@ def costs_of(metrics: bytes | None) -> dict[str, Any]:
         found = json.loads(_place(metrics).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    numbers = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in numbers if key in COSTS and isinstance(value, int | float)}
 
 
 def _place(metrics: bytes) -> Path:

@@ -25,7 +25,10 @@ from pipeline.core.errors import DEFECT, RESOURCE, PipelineError, brief
 DEBUG = "GLANCE_DEBUG"
 LAUNCHED = "GLANCE_SAID"  # set in the processes of a launch, whose launcher tells an unexpected error once for all
 CLOSED = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1  # what a shell sees when `| head` has had enough
+ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+PRESSES = 3  # of Ctrl-C, which end an import too
 GRACE = 2.0  # seconds that threads have to come back when a run has failed
+_struck: list[int] = []  # signals that this process is to end by
 _NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 _REMEDIES = {
     errno.EMFILE: "raise the number of files a process may open: ulimit -n 4096",
@@ -36,8 +39,14 @@ _REMEDIES = {
 
 
 def run_command(command: Callable[[], object]) -> NoReturn:
-    """The whole work of a process, its command line included, which may hold `--debug` anywhere."""
+    """The whole work of a process, its command line included, which may hold `--debug` anywhere.
+
+    Told to end (SIGTERM, SIGHUP), it removes what it was writing first, as after Ctrl-C.
+    """
     take_debug()
+    for number in ENDS:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _strike)
     exit_on_error(command)
 
 
@@ -61,21 +70,21 @@ def exit_on_error(work: Callable[[], object], *, memory: str = "") -> NoReturn:
     """
     _open_standard_streams()
     _refuse_pipes()
-    before, struck = set(threading.enumerate()), _watch_interrupts()
+    before = set(threading.enumerate())
+    _watch_interrupts()
     try:
         work()
         sys.stdout.flush()
     except SystemExit as end:
+        if _struck and end.code:  # a page or a talk that is ended so has done what it was to do
+            _leave_interrupted(end)
         if not isinstance(end.__context__, BrokenPipeError):  # Rich's way to say that nobody reads
             _drop_broken_output()
             raise
         code = _tell(end.__context__, memory)
     except BaseException as error:
-        if struck or isinstance(error, KeyboardInterrupt):
-            if debugging():
-                traceback.print_exception(error)
-            print("interrupted: run the same command to go on", file=sys.stderr, flush=True)
-            _leave(130)
+        if _struck or isinstance(error, KeyboardInterrupt):
+            _leave_interrupted(error)
         code = _tell(error, memory)
         if code == DEFECT and LAUNCHED in os.environ:
             raise
@@ -223,24 +232,45 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _watch_interrupts() -> list[bool]:
-    """A list that fills when SIGINT comes; one that Python would swallow (in a fork's hooks, say) is raised again."""
-    struck: list[bool] = []
+def _leave_interrupted(error: BaseException) -> NoReturn:
+    with suppress(OSError, ValueError):
+        if debugging():
+            traceback.print_exception(error)
+        print("interrupted: run the same command to go on", file=sys.stderr, flush=True)
+    _leave(128 + (_struck or [signal.SIGINT])[-1])
+
+
+def _strike(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C is Python's exception; whatever else ends a process is one that nobody takes for a press of Ctrl-C."""
+    if number != signal.SIGALRM:
+        _struck.append(number)
+    if len(_struck) < PRESSES and _is_importing(frame):
+        signal.setitimer(signal.ITIMER_REAL, 0.1)  # C++ that is being loaded aborts when Python raises in it
+        return
+    if _struck[-1:] not in ([], [signal.SIGINT]):
+        raise SystemExit(128 + _struck[-1])
+    signal.default_int_handler(number, frame)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and "importlib._bootstrap" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _watch_interrupts() -> None:
+    """Note every signal that ends this process; one that Python would swallow (in a fork's hooks, say) is raised again."""
     if threading.current_thread() is not threading.main_thread():
-        return struck
+        return
+    _struck.clear()
     plain = sys.unraisablehook
 
-    def strike(number: int, frame: FrameType | None) -> None:
-        struck.append(True)
-        signal.default_int_handler(number, frame)
-
     def ignored(unraisable: "sys.UnraisableHookArgs") -> None:
-        if not struck:
+        if not _struck:
             plain(unraisable)
-        elif issubclass(unraisable.exc_type, KeyboardInterrupt):
+        elif issubclass(unraisable.exc_type, KeyboardInterrupt | SystemExit):
             signal.setitimer(signal.ITIMER_REAL, 0.1)  # raised here it would be swallowed again
 
     sys.unraisablehook = ignored
-    signal.signal(signal.SIGINT, strike)
-    signal.signal(signal.SIGALRM, strike)
-    return struck
+    signal.signal(signal.SIGINT, _strike)
+    signal.signal(signal.SIGALRM, _strike)

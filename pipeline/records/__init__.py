@@ -25,7 +25,7 @@ from pipeline.records.formats import (
 from pipeline.records.formats.array import JsonArray
 from pipeline.records.formats.lines import JsonLines
 from pipeline.records.formats.policy import SHOWN
-from pipeline.records.formats.row import bad_record
+from pipeline.records.formats.row import bad_record, too_many_rows
 from pipeline.records.formats.split import Side
 from pipeline.records.images import ImageError, ImageRoot, Images, as_arrow, digest, read_file
 from pipeline.records.record import PLACEHOLDER, ImageSlot, Record, Turn, is_half_surrogate, load_json
@@ -71,5 +71,6 @@ __all__ = [
     "readable",
     "row_policy",
     "side_of",
+    "too_many_rows",
     "unknown_kind",
 ]

@@ -10,9 +10,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipeline.core import ARTEFACT, PipelineError, brief
+from pipeline.report.answers_file import AnswersFile
 
 LONG = 60  # letters of an answer that tell it from another in the confusion
 MOST = 8  # references and answers in the confusion
@@ -46,13 +45,8 @@ class Answers:
 
     def __init__(self, file: BinaryIO, kinds: Sequence[str], *, where: str) -> None:
         self.kinds, self._where = [kind for kind in kinds if kind != OTHER], where
-        try:
-            self._file = pq.ParquetFile(file)
-            parts = [self._numbers(batch) for batch in self._batches(["exact", "log_likelihood", "question"])]
-        except (pa.ArrowException, KeyError, ValueError, OSError) as error:
-            raise PipelineError(
-                f"not a stage's answers: {brief(error)}", where=where, remedy="dvc checkout, else dvc repro", code=ARTEFACT
-            ) from None
+        self._file = AnswersFile(file, where=where)
+        parts = [self._numbers(batch) for batch in self._batches(["exact", "log_likelihood", "question"])]
         columns = zip(*parts, strict=True) if parts else ([np.zeros(0, bool)], [np.zeros(0, np.float32)], [np.zeros(0, np.int32)])
         self.right, self.surprise, self.kind = (np.concatenate(list(column)) for column in columns)
 
@@ -64,7 +58,7 @@ class Answers:
         return self.kinds[place] if place < len(self.kinds) else OTHER
 
     def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        return self._file.iter_batches(batch_size=16_384, columns=columns)
+        return self._file.batches(columns)
 
     def _numbers(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         right = np.asarray(batch["exact"]) == 1
@@ -81,12 +75,10 @@ class Answers:
     def rows(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """These rows, in this order; only their row groups are read, one after the other."""
         wanted, found, first = np.unique(np.asarray(numbers, np.int64)), dict[int, dict[str, Any]](), 0
-        for group in range(self._file.num_row_groups):
-            size = self._file.metadata.row_group(group).num_rows
+        for group, size in enumerate(self._file.sizes):
             inside = wanted[(wanted >= first) & (wanted < first + size)]
             if len(inside):
-                table = self._file.read_row_group(group).take(pa.array(inside - first))
-                found |= dict(zip(inside.tolist(), table.to_pylist(), strict=True))
+                found |= dict(zip(inside.tolist(), self._file.rows(group, inside - first), strict=True))
             first += size
         return [found[int(number)] for number in numbers]
 
@@ -114,12 +106,14 @@ class Answers:
 
     def matched(self, other: "Answers") -> np.ndarray:
         """int64 [N]: the row of `other` that is the same question with the same reference; -1 where it has none."""
+        if not len(self) or not len(other):
+            return np.full(len(self), -1, np.int64)
         if len(self) == len(other) and all(
             one.equals(two) for one, two in zip(self._batches(KEY), other._batches(KEY), strict=True)
         ):
             return np.arange(len(self))
         mine, theirs = (
-            self_._file.read(columns=KEY).append_column(name, pa.array(np.arange(len(self_))))
+            pa.Table.from_batches(self_._batches(KEY)).append_column(name, pa.array(np.arange(len(self_))))
             for self_, name in ((self, "mine"), (other, "theirs"))
         )
         both = mine.join(theirs, KEY, join_type="inner")

@@ -1,6 +1,5 @@
 """Curves and intervals as Vega-Lite: what is drawn is said here, and Vega, which `dvc plots show` uses too, draws it."""
 
-import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -23,11 +22,16 @@ def read_curves(data: bytes | None, *, where: str) -> dict[str, np.ndarray]:
     if data is None:
         return {}
     try:
-        rows = list(csv.reader(io.StringIO(data.decode("utf-8"))))
-        values = np.array(rows[1:], np.float64).reshape(-1, len(rows[0]))
-    except (ValueError, IndexError, csv.Error):
+        head, _, rest = data.partition(b"\n")
+        names = head.decode("utf-8").rstrip("\r").split(",")
+        values = np.empty((0, len(names)))
+        if rest.strip():
+            values = np.loadtxt(io.BytesIO(rest), delimiter=",", comments=None, ndmin=2)
+        if "step" not in names or values.shape[1] != len(names):
+            raise ValueError
+    except ValueError:
         raise PipelineError("not a table of numbers", where=where, remedy="dvc checkout, else dvc repro", code=ARTEFACT) from None
-    return dict(zip(rows[0], values.T, strict=True))
+    return dict(zip(names, values.T, strict=True))
 
 
 def stage_charts(history: Mapping[str, Curves], heldout: Mapping[str, Curves], names: Sequence[str]) -> list[Spec]:

@@ -1,18 +1,19 @@
 """The files of a run: of the work tree, or of an experiment or commit as git and DVC's cache hold them. Nothing is checked out."""
 
-import io
-import json
 import subprocess
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pydantic import BaseModel
+
 from pipeline.core import ARTEFACT, PipelineError, brief, costs_of
 from pipeline.params.reading import parse
+from pipeline.report.shapes import Metrics, Scores, read_object, shaped
 
 STAGES = ("extract", "tokenize", "pretrain", "sft")
 TRAINED = ("pretrain", "sft")
 HERE = "work tree"
-MAX_TEXT = 256 << 20  # bytes of a file that is read whole: a history of some million steps
+MAX_TEXT = 128 << 20  # bytes of a file that is read whole: a history of some million steps
 
 
 class Experiment:
@@ -28,7 +29,7 @@ class Experiment:
         self.name, self._files = name or HERE, _files_at(name) if name else None
         self.commit = str(self._files.repo.get_rev())[:12] if self._files is not None else _head()
         self.metrics = {stage: self._figures(stage) for stage in STAGES}
-        self.scores = {stage: self.json(f"results/{stage}/scores.json") for stage in TRAINED}
+        self.scores = {stage: self.json(f"results/{stage}/scores.json", Scores) for stage in TRAINED}
         text = self.read("params.yaml")
         self.sections = _yaml(text, f"params.yaml of {self.name}") if text is not None else {}
         self.params = flat(self.sections)
@@ -62,23 +63,20 @@ class Experiment:
             raise PipelineError(f"more than {MAX_TEXT:,} bytes", where=f"{path} of {self.name}", code=ARTEFACT)
         return data
 
-    def json(self, path: str) -> dict[str, Any]:
-        """The object in a JSON file; empty where the run has none. Raises `PipelineError` for what is no object."""
-        data = self.read(path)
-        if data is None:
+    def json(self, path: str, shape: type[BaseModel] | None = None) -> dict[str, Any]:
+        """The object in a JSON file; empty where the run has none. Raises `PipelineError` for what is not of its shape."""
+        file = self.open(path)
+        if file is None:
             return {}
-        try:
-            found = json.load(io.BytesIO(data))
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            raise PipelineError("not a JSON object", where=f"{path} of {self.name}", remedy=self._remedy(), code=ARTEFACT)
-        return found
+        told = {"where": f"{path} of {self.name}", "remedy": self._remedy()}
+        with file:
+            found = read_object(file, **told)
+        return shaped(found, shape, **told) if shape else found
 
     def _figures(self, stage: str) -> dict[str, Any]:
         """A stage's figures, with what the run took where this checkout knows it."""
         path = f"metrics/{stage}.json"
-        return self.json(path) | costs_of(self.read(path))
+        return self.json(path, Metrics) | costs_of(self.read(path))
 
     def _lists(self, path: str) -> bool:
         try:

@@ -1,6 +1,5 @@
 """What the last run gave, on the terminal: the table of `make demo`, from metrics/*.json."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,11 @@ from rich.table import Table
 
 from pipeline.core import ARTEFACT, PipelineError, costs_of
 from pipeline.report.hints import hints
+from pipeline.report.shapes import Metrics, read_object, shaped
 
 STAGES = ("extract", "tokenize", "pretrain", "sft")
+TOLD = {"extract": ("cache_mb", "images"), "sft": ("questions", "accuracy", "accuracy_blind", "loss")}
+TOLD["pretrain"] = TOLD["sft"][1:]
 
 
 def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
@@ -19,13 +21,16 @@ def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
     for stage in STAGES:
         path = folder / f"{stage}.json"
         try:
-            data = path.read_bytes()
-            found[stage] = json.loads(data) | costs_of(data)
-        except (OSError, ValueError, TypeError, RecursionError):
+            with path.open("rb") as file:
+                figures = shaped(read_object(file, where=str(path)), Metrics, where=str(path))
+            found[stage] = figures | costs_of(path.read_bytes())
+        except OSError:
             raise PipelineError("no figures yet", where=str(path), remedy="dvc repro", code=ARTEFACT) from None
-        if found[stage].get("diverged"):
+        if figures.get("diverged"):
             remedy = f"lower {stage}.lr, then dvc repro"
             raise PipelineError("the last run has diverged, and left no model", where=str(path), remedy=remedy, code=ARTEFACT)
+        if lacking := [name for name in TOLD.get(stage, ()) if figures.get(name) is None]:
+            raise PipelineError(f"has no {lacking[0]}", where=str(path), remedy=f"dvc repro -f -s {stage}", code=ARTEFACT)
     return found
 
 

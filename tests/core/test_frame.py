@@ -108,3 +108,34 @@ def test_a_pipe_that_nobody_writes_to_is_refused_and_a_shell_s_are_read(tmp_path
     assert done.returncode == 5
     assert done.stderr == f"error: {tmp_path}/params.yaml: a pipe, expected a file\n"
     assert command(body, "/dev/stdin", input="words").stdout == "words\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_told_to_end_it_removes_what_it_was_writing(tmp_path: Path, number: str, code: int, swallowed: bool) -> None:
+    body = f"""
+import os, signal, time
+from pathlib import Path
+from pipeline.core import publish
+class Lost:
+    def __del__(self): os.kill(os.getpid(), signal.{number})
+def work():
+    with publish(Path({str(tmp_path / "page.html")!r})) as temporary:
+        temporary.write_text("half")
+        {"lost = Lost(); del lost" if swallowed else f"os.kill(os.getpid(), signal.{number})"}
+        time.sleep(20)
+"""
+    done = command(body)
+    assert done.returncode == code
+    assert done.stderr == "interrupted: run the same command to go on\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", ["pipeline.params", "pipeline.chat", "stages.tokenize"])
+def test_imports_that_are_interrupted_have_nothing_to_say(tmp_path: Path, module: str) -> None:
+    strike = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
+    (tmp_path / "xxhash.py").write_text(strike)  # what all of them import
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-m", module], env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == -2
+    assert done.stderr == ""

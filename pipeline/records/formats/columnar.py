@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core import PipelineError, brief, map_arrow
 from pipeline.records.formats import unpacking
-from pipeline.records.formats.row import BadRow, Row
+from pipeline.records.formats.row import BadRow, Row, too_many_rows
 from pipeline.records.formats.unpacking import ERRORS, Refused, is_sound, to_rows, unpacked, why
 from pipeline.records.images import ImageError
 
@@ -59,6 +59,10 @@ def _one(batch: pa.RecordBatch, at: int, file: str, number: int) -> dict[str, An
     return found.content
 
 
+def _claim(rows: int, size: int) -> str:
+    return f"says that it has {rows:,} rows, more than differ in {size:,} bytes"
+
+
 def _check_names(names: list[str], file: str) -> list[str]:
     if len(set(names)) < len(names):
         raise PipelineError("a column stands twice", where=file, remedy="rename one of them")
@@ -98,7 +102,10 @@ class Parquet:
 
     def _starts(self) -> list[int]:
         metadata = self._parquet().metadata
-        return list(accumulate((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), initial=0))
+        starts = list(accumulate((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), initial=0))
+        if too_many_rows(starts[-1], size := os.path.getsize(self.file)):
+            raise PipelineError(_claim(starts[-1], size), where=self.file, remedy="write the file again")
+        return starts
 
     def _batches(self, group: int) -> Iterator[pa.RecordBatch]:
         columns = [name for name in self._parquet().schema_arrow.names if self._wanted(name)]
@@ -195,6 +202,9 @@ class Arrow:
         batches = iter(reader) if stream else (reader.get_batch(i) for i in range(reader.num_record_batches))
         try:
             for batch in unpacked(map(self._pick, batches)):
+                if too_many_rows(done + batch.num_rows, mapped.size()):
+                    yield BadRow(self.file, done, _claim(done + batch.num_rows, mapped.size()), _SMALLER, ends_file=True)
+                    return
                 yield from _values(batch, self.file, done)
                 done += batch.num_rows
                 del batch

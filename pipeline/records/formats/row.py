@@ -13,6 +13,7 @@ from pipeline.records.record import Record
 
 MAX_ROW = 64 << 20  # bytes of one row's text: a file without line ends is one row too long, not an empty memory
 MAX_VALUES = 1_000_000  # of one row: each takes dozens of bytes of memory, and two of its text
+FEW_ROWS = 1 << 20  # of any file: to look at them takes seconds
 MEND = "mend or remove the row"
 
 
@@ -97,6 +98,11 @@ def too_many_values(text: str | bytes) -> bool:
     if isinstance(text, str):
         return sum(map(text.count, (",", "[", "{", "\t", ";"))) > MAX_VALUES
     return sum(map(text.count, (b",", b"[", b"{", b"\t", b";"))) > MAX_VALUES
+
+
+def too_many_rows(rows: int, size: int) -> bool:
+    """Whether a file of `size` bytes cannot hold so many rows that differ: each takes a bit at least, however it is packed."""
+    return rows > max(FEW_ROWS, 8 * size)
 
 
 def place(file: str, row: int | str) -> str:
