@@ -191,7 +191,9 @@ def test_a_block_that_unpacks_to_gigabytes_is_refused(kind: str, tmp_path: Path,
     assert found
     for row in found:
         assert isinstance(row, BadRow)
-        assert re.search(r"rows? of [\d,]+ (bytes|values)|more than 64 MB|no values|over and over|a name of|more than differ", row.reason), row
+        assert re.search(
+            r"rows? of [\d,]+ (bytes|values)|more than 64 MB|no values|over and over|a name of|more than differ", row.reason
+        ), row
 
 
 def test_more_rows_than_differ_in_a_file_are_refused_at_once(tmp_path: Path) -> None:
@@ -199,11 +201,10 @@ def test_more_rows_than_differ_in_a_file_are_refused_at_once(tmp_path: Path) -> 
     rows = 3 << 20
     table = pa.table({"text": pa.nulls(rows, pa.string()), "image": pa.nulls(rows, pa.string())})
     pq.write_table(table, tmp_path / "rows.parquet")
-    with pytest.raises(PipelineError, match="rows.parquet: says that it has 3,145,728 rows, more than differ in"):
-        drain(SourceSpec(str(tmp_path / "rows.parquet")))
     with pa.ipc.new_stream(tmp_path / "rows.arrow", table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as file:
         file.write_table(table)
-    [bad] = drain(SourceSpec(str(tmp_path / "rows.arrow")))
-    assert isinstance(bad, BadRow)
-    assert bad.ends_file
-    assert "more than differ in" in bad.reason
+    for name in ("rows.parquet", "rows.arrow"):
+        [bad] = drain(SourceSpec(str(tmp_path / name)))
+        assert isinstance(bad, BadRow)
+        assert bad.ends_file
+        assert "more than differ in" in bad.reason
