@@ -49,9 +49,10 @@ test-all: $(BIN)/.installed
 FLOOR := .venv-floor
 floor_of = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\),.*/\1/p' pyproject.toml).*
 
+# torch 2.11 wants an older setuptools than the lock has
 $(FLOOR)/.installed: pyproject.toml constraints.txt
 	@test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
-	@$(without_torch) | sed -n 's/^\([a-z0-9].*[^ ]\) *\\$$/\1/p' | grep -vE '^(transformers|tokenizers|huggingface)' > $(FLOOR)/constraints.txt
+	@$(without_torch) | sed -n 's/^\([a-z0-9].*[^ ]\) *\\$$/\1/p' | grep -vE '^(transformers|tokenizers|huggingface|setuptools)' > $(FLOOR)/constraints.txt
 	@echo "installing $(call floor_of,torch) and $(call floor_of,transformers) into $(FLOOR) (over 5 GB where torch comes with CUDA only)"
 	@$(FLOOR)/bin/pip install --quiet --disable-pip-version-check -c $(FLOOR)/constraints.txt "$(call floor_of,torch)" "$(call floor_of,transformers)" -e '.[dev]'
 	@touch $@

@@ -15,13 +15,13 @@ from transformers import (
     DeepseekVLProcessor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
-    Idefics3ImageProcessorPil,
     PreTrainedConfig,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from pipeline.core import ARTEFACT, PipelineError, merged_tokens, write_json
 from pipeline.core.devices import DTYPES

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import CPU
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pipeline.core.errors import PipelineError
 from pipeline.features.encoder.encoder import Encoder

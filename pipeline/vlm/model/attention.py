@@ -44,7 +44,7 @@ def can_pack(config: PretrainedConfig, device: torch.device) -> bool:
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (7, 0) and is_plain(config)
+    return is_plain(config) and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def is_plain(config: PretrainedConfig) -> bool:

@@ -100,7 +100,12 @@ def test_windows_change_nothing_but_the_row_groups(make: Assemble, monkeypatch: 
     monkeypatch.setattr(windows, "WINDOW", 3)
     assert measure(run) == whole_scores
     assert pq.ParquetFile(path).num_row_groups == 5
-    assert pq.read_table(path).equals(whole)
+    parts, each = pq.read_table(path), "log_likelihood"
+    assert parts.drop([each]).equals(whole.drop([each]))
+    # the rows of a window decide how wide its batches are padded, and some builds of torch round by that
+    assert parts[each].combine_chunks().flatten().to_pylist() == pytest.approx(
+        whole[each].combine_chunks().flatten().to_pylist(), abs=1e-5
+    )
 
 
 def test_two_runs_leave_the_same_bytes(make: Assemble) -> None:
