@@ -15,13 +15,13 @@ from transformers import (
     DeepseekVLProcessor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
     PreTrainedConfig,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from pipeline.core import ARTEFACT, PipelineError, merged_tokens, write_json
 from pipeline.core.devices import DTYPES
@@ -102,12 +102,15 @@ def write_processor(source: Source, folder: Path) -> None:
     builder, settings = source.builder, _siglip_settings(source)
     tokenizer: Any = exported_tokenizer(source)
     tokenizer.image_token = tokenizer.init_kwargs["image_token"] = builder.image_token  # here, and in what is saved
-    images = Idefics3ImageProcessorPil(
-        do_resize=False,  # once only, to the square below
-        do_image_splitting=False,
-        max_image_size={"longest_edge": source.encoder.side},
-        **settings,
-    )
+    square = {"longest_edge": source.encoder.side}
+    try:  # resized once only, to the square
+        images = Idefics3ImageProcessorPil(do_resize=False, do_image_splitting=False, max_image_size=square, **settings)
+    except ImportError:  # before Transformers 5.20 or so it is a placeholder there
+        raise PipelineError(
+            "this Transformers has Idefics3's image processor only with torchvision",
+            where="merged image tokens leave as Idefics3",
+            remedy="pip install torchvision, or a newer transformers",
+        ) from None
     own = str(builder.tokenizer.chat_template)
     processor = DeepseekVLProcessor(
         image_processor=images,

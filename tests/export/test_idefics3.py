@@ -11,7 +11,7 @@ import torch
 from conftest import CPU, HIDDEN, PATCHES, WIDTH, World
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoProcessor, SiglipImageProcessorPil
+from transformers import AutoProcessor, Idefics3ImageProcessorPil, SiglipImageProcessorPil
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
@@ -33,6 +33,10 @@ from pipeline.vlm.model.language_model import load_language_model
 from pipeline.vlm.model.projector import build_projector
 from pipeline.vlm.model.standard import _positions, require_idefics3
 from pipeline.vlm.model.vlm import VisionLanguageModel
+
+pytestmark = pytest.mark.skipif(
+    type(Idefics3ImageProcessorPil).__name__ == "DummyObject", reason="Idefics3 needs torchvision in this Transformers"
+)
 
 
 def trained(

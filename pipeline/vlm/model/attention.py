@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from pipeline.core.attention import GROUPED
+from pipeline.vlm.model.language_model import takes_sdpa
 from pipeline.vlm.model.ordered_attention import ORDERED
 from pipeline.vlm.model.packed_attention import NARROWEST, PACKED
 
@@ -32,7 +33,7 @@ def choose_attention(language_model: PreTrainedModel, device: torch.device, long
         return PACKED
     if device.type == "cpu" and config.model_type in FAMILIES and longest <= 1024:
         return GROUPED
-    if not language_model._supports_sdpa or (device.type == "cpu" and longest <= 512):
+    if not takes_sdpa(language_model) or (device.type == "cpu" and longest <= 512):
         return "eager"
     return ORDERED if device.type == "cuda" and language_model._supports_attention_backend else "sdpa"
 

@@ -21,6 +21,11 @@ def hidden_size(language_model: PreTrainedModel) -> int:
     return int(table.shape[1])
 
 
+def takes_sdpa(language_model: PreTrainedModel) -> bool:
+    """Whether its attention is what sdpa computes: scores that are capped (Gemma 2) are not, though Transformers 5.17 lets them."""
+    return language_model._supports_sdpa and not getattr(language_model.config, "attn_logit_softcapping", None)
+
+
 def load_language_model(
     model: str, *, revision: str = "", dtype: torch.dtype = torch.float32, verified: bool = False
 ) -> PreTrainedModel:
@@ -37,6 +42,8 @@ def load_language_model(
             raise PipelineError(
                 f"{model}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}", where="llm.model", code=ARTEFACT
             )
+    if language_model.config._attn_implementation == "sdpa" and not takes_sdpa(language_model):
+        language_model.set_attn_implementation("eager")
     return language_model
 
 

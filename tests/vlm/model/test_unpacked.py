@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import HIDDEN, PATCHES, World
-from transformers import MistralConfig, MistralForCausalLM, masking_utils
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, masking_utils
 
 from pipeline.features.sources import StoredFeatures
 from pipeline.vlm.batches.collate import collate
 from pipeline.vlm.model.attention import choose_attention
+from pipeline.vlm.model.language_model import load_language_model
 from pipeline.vlm.model.ordered_attention import ORDERED
 from pipeline.vlm.model.vlm import VisionLanguageModel
 
@@ -45,6 +46,19 @@ def test_a_gpu_computes_with_it_what_it_does_not_pack(world: World, llm: Path) -
     language_model = world.model("all", llm=llm).language_model
     language_model.config.attention_dropout = 0.1  # nothing that is packed
     assert choose_attention(language_model, torch.device("cuda"), 100) == ORDERED
+
+
+def test_scores_that_are_capped_are_no_sdpas(tmp_path: Path) -> None:
+    """Transformers 5.17 says that Gemma 2 takes sdpa, which leaves its cap out: other logits, and no word."""
+    config = Gemma2Config(
+        vocab_size=320, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=1, attn_logit_softcapping=0.5, bos_token_id=None, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    language_model = load_language_model(str(tmp_path))
+    assert language_model.config._attn_implementation == "eager"
+    language_model._supports_sdpa = True
+    assert choose_attention(language_model, torch.device("cuda"), 4096) == "eager"
 
 
 def test_it_is_sdpa_bit_for_bit_and_tells_torch_of_its_backward_passes_alone(
