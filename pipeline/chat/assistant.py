@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from pipeline.chat.packed import Packed, pack, using
 from pipeline.chat.paths import OTHER, read_picture
 from pipeline.core import RESOURCE, PipelineError, merged_tokens, named_by
 from pipeline.core.devices import autocast, pick_device, pick_precision
@@ -90,6 +91,11 @@ class Assistant:
     def exact_tower(self) -> PreTrainedModel:
         """The encoder's tower as it is in its files, for what looks back at an answer; read when first asked for."""
         return self.encoder.members[0].exact_tower()
+
+    @cached_property
+    def packed(self) -> Packed:
+        """The language model's large matrices as one answer on a CPU reads them; made when first asked for."""
+        return pack(self.model.language_model)
 
     def look(self, path: str | Path, *, name: str = "") -> torch.Tensor:
         """Patch features float16 [P, Dv] of a picture file; messages call it `name`, or its path."""
@@ -175,8 +181,9 @@ class Assistant:
         nothing = torch.empty(0, self.encoder.tokens, self.encoder.width, dtype=torch.float16)
         shown = torch.stack(list(features)) if features else nothing
         # one answer on a CPU multiplies by a vector, which bfloat16 makes no faster; casting weights and states costs a third
-        precision = "float32" if len(prompts) == 1 and self.device.type == "cpu" else self.precision
-        with self.one_at_a_time, autocast(precision, self.device):
+        alone = len(prompts) == 1 and self.device.type == "cpu"
+        precision = "float32" if alone else self.precision
+        with self.one_at_a_time, autocast(precision, self.device), using(self.packed if alone else {}):
             torch.manual_seed(sampling.seed)
             return generate(
                 self.model,
