@@ -1,5 +1,6 @@
 """Files that appear whole or not at all: temporary name, fsync, rename, fsync of the folder."""
 
+import errno
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from pipeline.core.disk import replace, set_mode, sync
 from pipeline.core.errors import RESOURCE, PipelineError, brief
 from pipeline.core.locks import is_abandoned, machine, own, release
 
+RACES = 100  # that others may win for a folder's place
 TEMPORARY = re.compile(r"\.(.+)\.(\d{1,18})@([^.]*)\.tmp")  # .NAME.PROCESS@MACHINE.tmp
 
 
@@ -109,14 +111,42 @@ def publish_folder(path: Path) -> Iterator[Path]:
             for file in sorted(temporary.rglob("*")):
                 sync(file)
             sync(temporary)
-            shutil.rmtree(path, ignore_errors=True)
-            replace(temporary, path)
+            _replace_folder(temporary, path)
             sync(path.parent)
     except OSError as error:
         raise (_unwritable(path, error) if _names(error, temporary) else error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         release(handle)
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    """`temporary` takes the place of the folder `path`, which is renamed away as a whole: another run may be about to do the same."""
+    aside = temporary.with_name(f"{temporary.name.removesuffix('.tmp')}-old.tmp")
+    for _ in range(RACES):
+        moved = _is_renamed(f"{path}/", aside)  # of a folder alone
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                shutil.rmtree(aside, ignore_errors=True)
+                continue
+            if moved:
+                os.rename(aside, path)
+            break
+        shutil.rmtree(aside, ignore_errors=True)
+        return
+    else:  # the file system renames no folder that is not empty
+        shutil.rmtree(path, ignore_errors=True)
+    replace(temporary, path)
+
+
+def _is_renamed(path: str, target: Path) -> bool:
+    try:
+        os.rename(path, target)
+        return True
+    except OSError:
+        return False
 
 
 def link_or_copy(source: Path, target: Path) -> bool:

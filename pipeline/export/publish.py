@@ -27,10 +27,10 @@ def export_model(folder: Path, out: Path, *, gguf: bool, dtype: str, rows: int) 
     if gguf and find_spec("gguf") is None:
         raise PipelineError("the package gguf is not installed", where="--gguf", remedy="pip install gguf")
     params = load()
-    source = Source.open(folder, dtype=dtype)
-    shown = heldout_rows(params.data.heldout, rows)
     files: list[str] = []
-    with publish_folder(out) as temporary, tempfile.TemporaryDirectory() as elsewhere:
+    with publish_folder(out) as temporary, tempfile.TemporaryDirectory() as elsewhere:  # whether it can be written, before all else
+        source = Source.open(folder, dtype=dtype)
+        shown = heldout_rows(params.data.heldout, rows)
         if gguf:
             from pipeline.export.llamacpp import write_gguf
 

@@ -5,6 +5,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipeline.core import fork_process, machine, verify
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import publish, publish_folder, temporary_name, write_json, writing
 from pipeline.minimind.pth import write_pth
@@ -97,3 +99,46 @@ def test_rows_that_fail_while_tokens_are_written_are_not_the_tokens_fault(tmp_pa
 
     with pytest.raises(OSError, match=r"rows\.jsonl"):
         write_tokens(tmp_path / "a", batches(), SPEC)
+
+
+def test_two_that_publish_one_folder_at_once_leave_one_of_them_whole(tmp_path: Path) -> None:
+    """What stands there is renamed away as a whole, so that neither deletes files of the other's."""
+
+    def work(mark: str) -> None:
+        for _ in range(20):
+            with publish_folder(tmp_path / "out") as temporary:
+                for name in "abcdef":
+                    (temporary / name).write_text(mark)
+
+    children = [fork_process(partial(work, mark)) for mark in "12"]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    verify(tmp_path / "out", remedy="")
+    assert len({path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".json"}) == 1
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_in_place_of_a_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(PipelineError, match="out: cannot be written"), publish_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("a")
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with publish_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("before")
+
+    plain = os.rename
+
+    def refuse(source: object, target: object) -> None:
+        if str(target).endswith("/out") and str(source).endswith(f"{os.getpid()}@{machine()}.tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        plain(source, target)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "rename", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PipelineError, match="out: cannot be written"), publish_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("after")
+    assert (tmp_path / "out/a").read_text() == "before"
+    assert os.listdir(tmp_path) == ["out"]

@@ -16,9 +16,10 @@ import torch
 import writers
 
 from pipeline.core import PipelineError, verify
+from pipeline.export.marker import read_marker
 from pipeline.features.store.store import FeatureStore
 from pipeline.text.token_table import TokenTable
-from pipeline.vlm.model import checkpoint
+from pipeline.vlm.model import checkpoint, load_language_model
 
 Change = Callable[[bytes], bytes]
 
@@ -93,12 +94,14 @@ READERS: dict[str, Callable[[Path], object]] = {
     "pictures": lambda folder: verify(folder / "meta", remedy="dvc repro"),
     "states": _state,
     "models": lambda folder: checkpoint.load(folder / "model"),
+    "exports": lambda folder: read_marker(folder / "export"),
+    "imports": lambda folder: load_language_model(str(folder / "llm")),
 }
 
 
 def artefact(kind: str, folder: Path) -> Path:
     """What a writer leaves, to be damaged: without what nobody verifies, and with no name that another file shares."""
-    writers.write(kind, folder)
+    writers.ARTEFACTS[kind](folder)
     shutil.rmtree(folder / "store", ignore_errors=True)
     (folder / "rejected.csv").unlink(missing_ok=True)
     for path in folder.rglob("*"):

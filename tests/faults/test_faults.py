@@ -33,7 +33,7 @@ def test_a_loss_of_power_leaves_nothing_torn_and_nothing_published_is_lost(kind:
     assert powerloss.bad_states(found, 400, 0, folders=False) > 0
 
 
-@pytest.mark.parametrize("kind", writers.STEPS)
+@pytest.mark.parametrize("kind", flips.READERS)
 def test_a_bit_or_a_cut_anywhere_is_told_by_the_file(kind: str, tmp_path: Path) -> None:
     assert flips.unnoticed(flips.artefact(kind, tmp_path), flips.READERS[kind], flips=60, cuts=10) == []
 

@@ -1,20 +1,29 @@
 """Every writer of the pipeline as a job that fills a folder, small enough to be struck at each of its calls.
 
 Each is what a stage calls: shards and their list, token tables, tables of pictures, states, checkpoints, single JSON and CSV
-files. A job that is run again ends with the same bytes.
+files. A job of `STEPS` that is run again ends with the same bytes. `ARTEFACTS` has exports and imported models too.
 """
 
+import atexit
 import csv
+import shutil
+import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from pipeline.core import link_or_copy, make_folder, publish, publish_folder, remove_leftovers, seal, to_json, write_json, writing
+from pipeline.export.from_gguf import convert
+from pipeline.export.llamacpp import write_gguf
+from pipeline.export.marker import write_marker
+from pipeline.export.publish import write_stock
+from pipeline.export.source import Source
+from pipeline.features.encoder.encoder import Encoder
 from pipeline.features.store.row_format import Float16Format
 from pipeline.features.store.shards import write_shard
 from pipeline.features.store.store import INDEX
@@ -115,3 +124,39 @@ def write(kind: str, folder: Path) -> None:
     """All steps of a kind."""
     for step in STEPS[kind]:
         step(folder)
+
+
+@cache
+def _source() -> Source:
+    """A trained model of few weights with an encoder of its own, as an export opens it."""
+    folder = Path(tempfile.mkdtemp(prefix="glance-faults-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    torch.manual_seed(0)
+    few = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**few, image_size=16, patch_size=8, projection_dim=8)).save_pretrained(folder / "clip")
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder / "clip")
+    encoder = Encoder(str(folder / "clip"), precision="float32", device=torch.device("cpu"), batch=1)
+    prepare()
+    words = len(_builders[0].tokenizer)
+    llm = LlamaForCausalLM(LlamaConfig(**few, vocab_size=words, bos_token_id=None, eos_token_id=2, pad_token_id=0))
+    vision = {"model": encoder.name, "revision": "", "layer": -1, "precision": "float32", "spec": encoder.spec()}
+    named = {"model": "data/models/llm", "revision": "", "image_token": "<image>"}
+    manifest = Manifest(vision, named, {"kind": "mlp", "width": 16, "hidden": 16}, own_llm=True)
+    checkpoint.save(folder / "model", VisionLanguageModel(build_projector("mlp", 16, 16), llm), manifest, _builders[0])
+    write_gguf(Source.open(folder / "model"), folder, dtype="float32")
+    return Source.open(folder / "model")
+
+
+def exports(folder: Path) -> None:
+    """A Transformers folder, as `glance export` publishes it once it is proven."""
+    with publish_folder(folder / "export") as temporary:
+        write_stock(_source(), temporary, "float32")
+        write_marker(temporary, _source().manifest, dtype="float32")
+
+
+def imports(folder: Path) -> None:
+    """A language model out of a GGUF file."""
+    convert(_source().folder.with_name("model.gguf"), folder / "llm")
+
+
+ARTEFACTS: dict[str, Job] = {**{kind: partial(write, kind) for kind in STEPS}, "exports": exports, "imports": imports}
