@@ -121,7 +121,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 
 def _replace_folder(temporary: Path, path: Path) -> None:
-    """`temporary` takes the place of the folder `path`, which is renamed away as a whole: another run may be about to do the same."""
+    """`temporary` takes the place of the folder `path`, which is renamed away as a whole: another run may be doing the same."""
     aside = temporary.with_name(f"{temporary.name.removesuffix('.tmp')}-old.tmp")
     for _ in range(RACES):
         moved = _is_renamed(f"{path}/", aside)  # of a folder alone
