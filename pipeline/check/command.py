@@ -107,7 +107,8 @@ def _check(asked: Asked, params: Params) -> None:
     _judge(console, reports, shared, verdict)
     if faults := sum(not finding.note for finding in found):
         raise PipelineError(
-            f"the data are sound, and {faults} faults stand in the way of a run", remedy="they are listed above first"
+            f"the data are sound, and {faults} fault{' stands' if faults == 1 else 's stand'} in the way of a run",
+            remedy="see the top of this list",
         )
 
 

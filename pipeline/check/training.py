@@ -60,7 +60,8 @@ def training_costs(params: Params, parts: dict[str, Part], rate: Rate | None) ->
         when = "time unknown, `glance advise` measures it" if seconds is None else f"about {seconds_text(seconds)} on this machine"
         held = _heldout_rows(params, parts)
         steps = _steps(getattr(params, name), parts[name])
-        told = f"{steps:,} step{'s' * (steps != 1)}, then {held:,} held-out row{'s' * (held != 1)}"
+        dealt = "about " if params.data.heldout.share else ""  # by pictures, and those by chance
+        told = f"{dealt}{steps:,} step{'s' * (steps != 1)}, then {held:,} held-out row{'s' * (held != 1)}"
         lines.append(f"{name}: {told}; {when}{' with one process' if seconds and params.runtime.processes > 1 else ''}")
     return lines
 

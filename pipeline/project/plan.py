@@ -13,6 +13,7 @@ from pipeline.project.columns import as_option
 from pipeline.project.files import in_params
 from pipeline.records import BadRow, Digests, Record, Split
 
+SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 ENOUGH = 1_000  # held-out pictures that say what there is to say
 LEAST = 20  # held-out pictures below which a figure says little
@@ -37,6 +38,8 @@ def find_records(pictures: Path, given: list[Path]) -> list[Path]:
     for path in [*given, pictures]:
         if not path.exists():
             raise PipelineError("no such file or folder", where=str(path), remedy="give the folder of your pictures, and --records")
+        if path.suffix.lower() in SHEETS:
+            raise _spreadsheet(path)
     if given:
         return given
     if pictures.is_file():
@@ -48,7 +51,13 @@ def find_records(pictures: Path, given: list[Path]) -> list[Path]:
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
         raise PipelineError(f"holds several tables: {names}", where=str(pictures), remedy="name those to take with --records")
+    if not tables and (sheet := next((path for path in sorted(pictures.iterdir()) if path.suffix.lower() in SHEETS), None)):
+        raise _spreadsheet(sheet)
     return tables or [pictures]
+
+
+def _spreadsheet(path: Path) -> PipelineError:
+    return PipelineError("a spreadsheet, which is not read", where=str(path), remedy=f"save it as {path.stem}.csv (CSV UTF-8)")
 
 
 def make_plan(reports: list[Report], pictures: Path, trainings: dict[str, Any], columns: dict[str, str] | None = None) -> Plan:
@@ -74,6 +83,9 @@ def make_plan(reports: list[Report], pictures: Path, trainings: dict[str, Any], 
         if not report.good:
             raise _unusable(report)
     first, second = (captions or talks)[0], (talks or captions)[0]
+    if len(second.pictures.contents) == 1 or second.good == 1:
+        remedy = "bring a second one at least; a model that learns something from them takes hundreds"
+        raise PipelineError("one picture: none is left to measure on", where=second.subject.records, remedy=remedy, code=BAD_ROWS)
     for name, report in (("pretrain", first), ("sft", second), ("heldout", second)):
         plan.reports[name] = report
         plan.sections[f"data.{name}"] = {"records": in_params(Path(report.subject.records)), "images": in_params(pictures)}
@@ -100,8 +112,10 @@ def _unusable(report: Report) -> PipelineError:
     file, first = report.subject.records, next(iter(report.bad.first), None)
     if first is None:
         return PipelineError("holds no rows", where=file, remedy="name the file of your captions with --records", code=BAD_ROWS)
-    what = f"no row can be used; the first, {first.where}: {first.reason}"
-    return as_option(PipelineError(what, where=file, remedy=first.remedy, code=BAD_ROWS))
+    what, remedy = f"no row can be used; the first, {first.where}: {first.reason}", first.remedy
+    if Path(file).is_dir():
+        remedy = "put captions.csv into it (file_name,caption), or a .txt beside each picture, or name a file with --records"
+    return as_option(PipelineError(what, where=file, remedy=remedy, code=BAD_ROWS))
 
 
 def _why_rows(first: Report, second: Report) -> str:

@@ -39,6 +39,10 @@ def use(
         console, files = open_console(), Files()
         console.print(take(files, str(named[0]) if named else model, image_token), soft_wrap=True)
         if propose(files, console, yes=yes, dry_run=dry_run):
+            console.print("\n  glance check  what stands in the way, what it takes in disk and time")
+            console.print(
+                "  dvc repro     extract, tokenize, pretrain, sft; with HF_HUB_OFFLINE=0 before it, a hub model is downloaded"
+            )
             tell_untracked(console)
 
     exit_on_error(work)

@@ -107,6 +107,10 @@ BAD_TABLES = {
     "absent/captions.csv": "file_name,caption\nx.png,An x.\n",
     "several/rows.csv": 'image,question,answer\n"a.png,b.png",Same?,No.\n',
     "named/list.csv": "photo,description\na.png,An a.\n",
+    "sheet/captions.xlsx": "PK",
+    "ansi/captions.csv": "file_name;caption\nx.png;schön\n",  # as Excel writes it by itself
+    "bare/x.png": "",
+    "lone/captions.csv": "file_name,caption\n0.png,A nought.\n",
 }
 
 
@@ -121,6 +125,10 @@ BAD_TABLES = {
         ("absent", "no row can be used; the first, absent/captions.csv:2: absent: 'x.png': no such image -> mend or remove"),
         ("several", """-> several pictures are a list, in JSON lines: {"images": ["a.png", "b.png"], ...}"""),
         ("named", "-> --column turns=NAME, or --column question=NAME and --column answer=NAME, or --column text=NAME"),
+        ("sheet", "sheet/captions.xlsx: a spreadsheet, which is not read -> save it as captions.csv (CSV UTF-8)"),
+        ("ansi", "ansi/captions.csv:2: not UTF-8 -> save the file as UTF-8 (in Excel: CSV UTF-8)"),
+        ("bare", "-> put captions.csv into it (file_name,caption), or a .txt beside each picture, or name a file with --records"),
+        ("lone", "lone/captions.csv: one picture: none is left to measure on -> bring a second one at least"),
     ],
 )
 def test_a_mistake_is_said_and_nothing_is_written(
@@ -130,7 +138,8 @@ def test_a_mistake_is_said_and_nothing_is_written(
     (project / "empty").mkdir()
     for name, table in BAD_TABLES.items():
         (project / name).parent.mkdir(exist_ok=True)
-        (project / name).write_text(table)
+        (project / name).write_text(table, encoding="cp1252")
+    (project / "lone/0.png").write_bytes(png(0))
     with zipfile.ZipFile(project / "zipped.zip", "w") as archive:
         archive.writestr("0.png", png(0))
     monkeypatch.setattr("sys.stdin", io.StringIO())

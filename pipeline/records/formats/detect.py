@@ -14,7 +14,7 @@ from pipeline.records.formats.columnar import Arrow, Parquet
 from pipeline.records.formats.folder import Folder, place_of
 from pipeline.records.formats.lines import JsonLines
 from pipeline.records.formats.row import Reader
-from pipeline.records.formats.table import Table, delimiter_of
+from pipeline.records.formats.table import AS_UTF8, Table, delimiter_of
 from pipeline.records.formats.tars import Tar
 
 # The reader of each format, made from a file, which columns are wanted, and whether links are followed
@@ -115,7 +115,7 @@ def _detect_text(head: bytes, whole: bool, path: str) -> str:
                 f"compressed ({name})", where=path, remedy="unpack it: rows are read in place, and pictures at random"
             )
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise PipelineError("UTF-16, expected UTF-8", where=path, remedy="save it as UTF-8")
+        raise PipelineError("UTF-16, expected UTF-8", where=path, remedy=AS_UTF8)
     text = head.decode("utf-8-sig", "replace").lstrip()
     if not text:
         raise PipelineError("no rows", where=path, remedy="set data.*.records")

@@ -12,8 +12,10 @@ from pipeline.core import PipelineError, brief
 from pipeline.records.formats.lines import read_lines
 from pipeline.records.formats.row import MAX_ROW, MAX_VALUES, BadRow, Row, too_many_values
 from pipeline.records.images import ImageError
+from pipeline.records.record import is_half_surrogate
 
 DELIMITERS = ("\t", ",", ";")
+AS_UTF8 = "save the file as UTF-8 (in Excel: CSV UTF-8)"
 
 
 class _Lines:
@@ -89,6 +91,8 @@ class Table:
                     continue
                 if not header_seen:
                     header_seen = True
+                elif any(map(is_half_surrogate, cells)):  # a byte that is no UTF-8
+                    yield BadRow(self.file, lines.first, "not UTF-8", AS_UTF8)
                 elif len(cells) != len(names):
                     yield BadRow(self.file, lines.first, f"{len(cells)} cells, the header has {len(names)}")
                 else:
