@@ -117,6 +117,8 @@ class MiniMindV:
     """MiniMind-V's own model, from a checkout of December 2025 and with random weights, asked as its eval_vlm.py does."""
 
     def __init__(self, checkout: Path, clip: Path) -> None:
+        if not (checkout / "model/model_vlm.py").is_file():
+            raise PipelineError("no checkout of MiniMind-V", where=str(checkout), remedy="give --minimind-v its folder")
         sys.path.insert(0, str(checkout))
         theirs: Any = importlib.import_module("model.model_vlm")
         config = theirs.VLMConfig(hidden_size=512, num_hidden_layers=8)
@@ -246,7 +248,7 @@ def _main(trained: Path, rounds: int, names: list[Model], minimind_v: Path | Non
         with tempfile.TemporaryDirectory() as folder:
             embedded = (trained, Path("data/models/clip"), SAMPLE)
             parts = embedded if name is Model.EMBEDDED else make_model(Path(folder), name, tiny=tiny)
-            figures = measure(*parts, rounds, minimind_v if name is Model.MINIMIND else None)
+            figures = measure(*parts, rounds, minimind_v if name is Model.MINIMIND and not tiny else None)
         show(console, name, figures)
         if not tiny:
             record(RESULTS / "chat.json", {name.value: figures})
