@@ -80,6 +80,8 @@ def _run(model: Path, folders: dict[str, Path], out: Path, share: float) -> dict
 
     quiet_libraries()
     params = load()
+    for name in folders:
+        _require_room(out / name)
     benchmarks = [Benchmark(name, folder, share=share) for name, folder in folders.items()]  # all are looked at before any is asked
     from pipeline.score.scoring import Model, score_task
 
@@ -90,6 +92,14 @@ def _run(model: Path, folders: dict[str, Path], out: Path, share: float) -> dict
     Console(width=100).print(_table(found))
     print(f"every answer: {out}/TASK/predictions.parquet", flush=True)
     return found
+
+
+def _require_room(folder: Path) -> None:
+    """Raises `PipelineError` unless a task's folder is new or of an earlier score: it is replaced, and could be the copy itself."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "scores.json").is_file():
+        raise PipelineError("is not empty and not an earlier score", where=str(folder), remedy="set --out to another folder")
+    if folder.exists() and not folder.is_dir():
+        raise PipelineError("is a file", where=str(folder), remedy="set --out to another folder")
 
 
 def _columns(found: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 VQAv2's two files, GQA's, TextVQA's, POPE's three, MME's folders and ChartQA's. The first picture tells where all lie.
 """
 
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -122,13 +123,16 @@ class Published:
         self.images, self._below = ImageRoot(folder), folder.absolute()
         first = next(iter(self), None)
         if isinstance(first, Row):
-            self._below = min(self._below.rglob(Path(first.content["image"]).name), default=self._below / "_").parent
+            shown = glob.escape(Path(first.content["image"]).name)
+            self._below = min(self._below.rglob(shown), default=self._below / "_").parent
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         """Every row once; raises `PipelineError` for one that has not what its authors give each."""
         row: Row | BadRow | None = None
         try:
             for row in PUBLISHED[self._task][1](self._files):
+                if isinstance(row, Row) and not (isinstance(row.content["image"], str) and Path(row.content["image"]).name):
+                    raise TypeError(f"its picture is {row.content['image']!r:.40}")
                 yield row
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             where = row.where if row else str(self._files[0])

@@ -1,6 +1,7 @@
 """Benchmarks as their authors publish them: the same questions and pictures as from the hub's copies; mistakes in one line."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,8 @@ def test_questions_and_pictures_are_those_of_the_hubs_copy(
         ("gqa", "questions/testdev_balanced_questions.json", "[]", "not a row of gqa as published"),
         ("textvqa", "TextVQA_0.5.1_val.json", lambda text: text.replace('"answers"', '"x"'), "not a row of textvqa"),
         ("pope", "output/coco/coco_pope_random.json", lambda text: text.replace("label", "x"), "'label'"),
+        ("pope", "output/coco/coco_pope_random.json", lambda text: re.sub('"image": "[^"]*"', '"image": ["a"]', text), "is ['a']"),
+        ("pope", "output/coco/coco_pope_random.json", lambda text: re.sub('"image": "[^"]*"', '"image": ""', text), "is ''"),
         ("chartqa", "test/test_human.json", lambda text: text.replace("imgname", "x"), "'imgname'"),
         ("mme", "MME_Benchmark/OCR/note.txt", "no question\n", "not a row of mme as published"),
     ],

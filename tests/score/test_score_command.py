@@ -247,6 +247,7 @@ def test_a_copy_that_cannot_be_scored_is_one_line(
         (["models/one", "pope=a", "pope=b"], "stands twice"),
         (["models/none", "pope=pope"], "no model here"),
         (["models/one", "pope=pope", "--share", "0"], "a share of 0 asks nothing"),
+        (["models/one", "pope=pope", "--out", "."], "pope: is not empty and not an earlier score"),
         (["--stage", "mme"], "task mme has no folder"),
     ],
 )
