@@ -85,7 +85,9 @@ def make_plan(reports: list[Report], pictures: Path, trainings: dict[str, Any], 
     first, second = (captions or talks)[0], (talks or captions)[0]
     if len(second.pictures.contents) == 1 or second.good == 1:
         remedy = "bring a second one at least; a model that learns something from them takes hundreds"
-        raise PipelineError("one picture: none is left to measure on", where=second.subject.records, remedy=remedy, code=BAD_ROWS)
+        raise PipelineError(
+            "one usable picture: none is left to measure on", where=second.subject.records, remedy=remedy, code=BAD_ROWS
+        )
     for name, report in (("pretrain", first), ("sft", second), ("heldout", second)):
         plan.reports[name] = report
         plan.sections[f"data.{name}"] = {"records": in_params(Path(report.subject.records)), "images": in_params(pictures)}

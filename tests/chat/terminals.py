@@ -21,9 +21,10 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 @dataclass
 class Session:
-    """`python -m pipeline.chat` with these arguments; a context, which ends it whatever happens."""
+    """`python -m pipeline.chat`, or another `command` of Python's, with these arguments; a context, which ends it in any case."""
 
     arguments: list[str]
+    command: list[str] = field(default_factory=lambda: ["-m", "pipeline.chat"])
     screen: str = ""
     size: tuple[int, int] = (24, 80)
     env: dict[str, str] = field(default_factory=dict)
@@ -33,7 +34,7 @@ class Session:
         self._master, slave = pty.openpty()
         self._resize(self._master)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.chat", *self.arguments],
+            [sys.executable, *self.command, *self.arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,

@@ -128,7 +128,7 @@ BAD_TABLES = {
         ("sheet", "sheet/captions.xlsx: a spreadsheet, which is not read -> save it as captions.csv (CSV UTF-8)"),
         ("ansi", "ansi/captions.csv:2: not UTF-8 -> save the file as UTF-8 (in Excel: CSV UTF-8)"),
         ("bare", "-> put captions.csv into it (file_name,caption), or a .txt beside each picture, or name a file with --records"),
-        ("lone", "lone/captions.csv: one picture: none is left to measure on -> bring a second one at least"),
+        ("lone", "lone/captions.csv: one usable picture: none is left to measure on -> bring a second one at least"),
     ],
 )
 def test_a_mistake_is_said_and_nothing_is_written(
