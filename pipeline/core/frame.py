@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from pipeline.core.errors import DEFECT, RESOURCE, PipelineError, brief
+from pipeline.core.locks import holds_any
 
 DEBUG = "GLANCE_DEBUG"
 LAUNCHED = "GLANCE_SAID"  # set in the processes of a launch, whose launcher tells an unexpected error once for all
@@ -29,6 +30,7 @@ ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signa
 PRESSES = 3  # of Ctrl-C, which end an import too
 GRACE = 2.0  # seconds that threads have to come back when a run has failed
 _struck: list[int] = []  # signals that this process is to end by
+_watching = [0]  # the process whose signals these are: one that is forked from it has others to tell
 _NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 _REMEDIES = {
     errno.EMFILE: "raise the number of files a process may open: ulimit -n 4096",
@@ -244,8 +246,10 @@ def _strike(number: int, frame: FrameType | None) -> None:
     """Ctrl-C is Python's exception; whatever else ends a process is one that nobody takes for a press of Ctrl-C."""
     if number != signal.SIGALRM:
         _struck.append(number)
-    if len(_struck) < PRESSES and _is_importing(frame):
-        signal.setitimer(signal.ITIMER_REAL, 0.1)  # C++ that is being loaded aborts when Python raises in it
+    if len(_struck) < PRESSES and _is_importing(frame):  # C++ that is being loaded aborts when Python raises in it
+        if os.getpid() == _watching[-1] and not holds_any():
+            _leave_interrupted(KeyboardInterrupt())
+        signal.setitimer(signal.ITIMER_REAL, 0.1)  # what is half written is removed first
         return
     if _struck[-1:] not in ([], [signal.SIGINT]):
         raise SystemExit(128 + _struck[-1])
@@ -263,6 +267,7 @@ def _watch_interrupts() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     _struck.clear()
+    _watching[:] = [os.getpid()]
     plain = sys.unraisablehook
 
     def ignored(unraisable: "sys.UnraisableHookArgs") -> None:

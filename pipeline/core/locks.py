@@ -98,6 +98,11 @@ def release(handle: int) -> None:
         os.close(handle)
 
 
+def holds_any() -> bool:
+    """Whether this process is writing something, or keeps others from it."""
+    return bool(_held)
+
+
 def is_abandoned(path: Path, process: int, host: str) -> int | None:
     """A handle on a temporary file whose owner is gone, to be released once the file is removed; None where it may live."""
     try:
