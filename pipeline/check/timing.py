@@ -29,6 +29,7 @@ class _EnoughError(Exception):
 def sampled_run(params: Params, name: str, folder: Path) -> Iterator[TrainingRun]:
     """A stage on the token tables and feature stores of a sample in `folder`; nothing it says is shown."""
     training = getattr(params, name).model_copy(update={"features": "stored"})
+    AcceleratorState._reset_state(reset_partial_state=True)  # a stage before may have computed in another precision
     try:
         with redirect_stdout(io.StringIO()):  # of a stage, which this is not
             run = assemble(
@@ -41,7 +42,7 @@ def sampled_run(params: Params, name: str, folder: Path) -> Iterator[TrainingRun
             )
         yield run
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)  # the next stage may compute in another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def rows_a_visit(run: TrainingRun) -> float:

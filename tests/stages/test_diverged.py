@@ -47,7 +47,7 @@ def test_a_run_at_a_learning_rate_of_1_is_no_model(project: Project) -> None:
     assert {"loss", "accuracy", "steps"} <= figures.keys()
     assert len((project.folder / "results/pretrain/history.csv").read_text().splitlines()) == figures["steps"] + 1
     for name in ("extract", "tokenize"):
-        (project.folder / f"metrics/{name}.json").write_text("{}")
+        (project.folder / f"metrics/{name}.json").write_text('{"cache_mb": 0.1, "images": 24}')
     with pytest.raises(PipelineError, match=r"metrics/pretrain\.json: the last run has diverged, and left no model -> lower"):
         read_metrics(project.folder / "metrics")
 
