@@ -8,6 +8,7 @@ wrong. A number that was not reached stands as it is.
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -72,6 +73,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
 ) -> None:
     """Put faults in, count what comes of them."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process has none of the threads, and would wait for them
     quiet_libraries()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a forked process has one
