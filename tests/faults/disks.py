@@ -51,9 +51,10 @@ def _stage(name: str, folder: Path) -> None:
     stage_kills.stage(name, folder)
 
 
-def used(folder: Path) -> int:
-    """Bytes that the files of a folder take on such a disk, whole pages each; one of several names counts once."""
-    sizes = {found.st_ino: found.st_size for path in folder.rglob("*") if path.is_file() for found in (path.lstat(),)}
+def used(folder: Path, *, copied: bool = False) -> int:
+    """Bytes that the files of a folder take on such a disk, whole pages each; one of several names counts once, but in a copy."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    sizes = {path if copied else path.lstat().st_ino: path.lstat().st_size for path in files}
     return sum(-(-size // 4096) * 4096 for size in sizes.values())
 
 
@@ -70,7 +71,7 @@ def fill_writer(trials: Trials, scratch: Path, share: float) -> str:
 
 def fill_stage(stages: stage_kills.StageKills, number: int, scratch: Path, share: float) -> str:
     """As `fill_writer` for a stage, which has room for this share of what it adds."""
-    before, after = used(stages.after[number]), used(stages.after[number + 1])
+    before, after = used(stages.after[number], copied=True), used(stages.after[number + 1])
     name, room = stage_kills.STAGES[number], int(share * (after - before)) // 4096 * 4096
     with _disk(scratch, ROOM) as disk:
         folder = disk / "project"
