@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -149,11 +149,17 @@ class _Output:
         self._console.print(table)
 
 
+def _refuse(error: OSError) -> NoReturn:
+    raise PipelineError(
+        f"cannot be listed: {error.strerror}", where=show(Path(error.filename)), remedy=f"chmod +rx {error.filename}"
+    )
+
+
 def _folder(folder: Path, question: str) -> Iterator[Asked]:
     """Pictures in a folder and those within it, by their suffixes and in order; hidden ones and linked folders are left out."""
     if not question:
         raise PipelineError("a folder needs a question", where=show(folder), remedy='python -m pipeline.chat FOLDER "what is it?"')
-    for path, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder, onerror=_refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 import xxhash
 
@@ -117,9 +117,13 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, OWN: file_digest(path)}
 
 
+def _fail(error: OSError) -> NoReturn:
+    raise error  # by itself os.walk passes over a folder that cannot be listed
+
+
 def _files(folder: Path) -> set[str]:
     found = set[str]()
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         within = Path(parent).relative_to(folder)
         found |= {(within / name).as_posix() for name in files if not name.startswith(".") and name not in PASSED_OVER}

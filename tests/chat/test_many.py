@@ -1,5 +1,6 @@
 """A question of a whole folder, or of the rows of a file; and what is written down."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import World
@@ -58,6 +60,20 @@ def test_every_picture_of_a_folder_is_answered_and_a_bad_one_is_listed(trained: 
         talk = Conversation()
         assistant.ask(talk, "What is this?", assistant.look(path))
         assert row["answer"] == "".join(assistant.answer(talk, Sampling(4))).strip()
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = os.scandir
+
+    def fail(path: str) -> Any:
+        if str(path) == str(folder):
+            raise OSError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    result = run(str(folder), "What?", "--model", str(trained))
+    assert result.exit_code != 0
+    assert f"{folder.name}: cannot be listed: Permission denied" in result.stderr
 
 
 def test_rows_of_a_file_have_questions_of_their_own(trained: Path, folder: Path, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """A folder's `checksums.json`: whatever happens to a file, it is named; nothing that did not happen is complained of."""
 
+import errno
 import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -144,3 +146,14 @@ def test_large_files_are_read_in_pieces_and_every_piece_counts(tmp_path: Path) -
         assert problem(tmp_path).where == str(tmp_path / "four")
     (tmp_path / "four").write_bytes(data)
     verify(tmp_path, remedy="")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_signed_as_an_empty_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: object) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    (folder / "checksums.json").unlink()
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        sign(folder)
+    assert not (folder / "checksums.json").exists()

@@ -1,6 +1,8 @@
 """Bad rows of JSON lines and arrays, and files that are no data set: each is one line, and a bad row's neighbours stay."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from faults import ANSWER, ASKED, GOOD, PIXEL, drain, said, spoken
 
 from pipeline.core.errors import PipelineError
 from pipeline.records.formats import BadRow, Columns, SourceSpec, open_source
+from pipeline.records.formats.detect import expand
 from pipeline.records.record import Record
 
 IMAGE_URL: dict[str, Any] = {"type": "image_url", "image_url": {"url": "https://example.org/cheese.jpg"}}
@@ -201,3 +204,18 @@ def test_text_behind_an_array_is_told(tmp_path: Path) -> None:
     assert isinstance(good, Record)
     assert isinstance(bad, BadRow)
     assert "text behind the array" in bad.reason
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over_by_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    listed = os.scandir
+
+    def fail(path: str) -> Any:
+        if str(path).endswith("in"):
+            raise OSError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(PipelineError, match="in: cannot be listed: Permission denied"):
+        expand(f"{tmp_path}/**/*.jsonl")

@@ -5,7 +5,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from pipeline.core import PipelineError, brief
@@ -72,8 +71,13 @@ def _refuse_loops(pattern: str) -> None:
             place = place_of(folder)
             if place in above:
                 raise PipelineError("a link that leads back to a folder above it", where=folder, remedy="remove the link")
-            with suppress(OSError), os.scandir(folder) as entries:
-                waiting += [(entry.path, above | {place}) for entry in entries if entry.is_dir()]
+            try:
+                with os.scandir(folder) as entries:
+                    waiting += [(entry.path, above | {place}) for entry in entries if entry.is_dir()]
+            except (NotADirectoryError, FileNotFoundError):
+                continue
+            except OSError as error:  # glob would pass over all that it holds
+                raise PipelineError(f"cannot be listed: {error.strerror}", where=folder) from None
 
 
 def detect(path: str) -> str:
