@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -83,10 +84,13 @@ def project(untrained: Path, tmp_path: Path) -> Path:
 
 
 def finish(running: subprocess.Popen[str], code: int = 0) -> str:
-    """What it said on stderr; no process of its making may be left, and no traceback seen."""
+    """What it said on stderr; no process of its making may be left, and no traceback seen.
+
+    What torchrun's agent logs when another machine has ended a moment earlier is not ours, and no failure.
+    """
     _, err = running.communicate(timeout=120)
     assert running.returncode == code, err
-    assert "Traceback" not in err
+    assert "Traceback" not in re.sub(r"^E\d+ .*torch/distributed/elastic/agent/.*\n", "", err, flags=re.MULTILINE)
     return err
 
 
