@@ -105,7 +105,7 @@ def write_processor(source: Source, folder: Path) -> None:
     square = {"longest_edge": source.encoder.side}
     try:  # resized once only, to the square
         images = Idefics3ImageProcessorPil(do_resize=False, do_image_splitting=False, max_image_size=square, **settings)
-    except ImportError:  # before Transformers 5.20 or so it is a placeholder there
+    except ImportError:  # Transformers 5.17 has a placeholder there
         raise PipelineError(
             "this Transformers has Idefics3's image processor only with torchvision",
             where="merged image tokens leave as Idefics3",

@@ -4,14 +4,13 @@ import shlex
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from pipeline.core import PipelineError
 from pipeline.params import Params, load
+from pipeline.report.answers_file import AnswersFile
 
 # some pictures of the demo's zip lie apart, test/7.png as test-7.png
 DEMO, SAMPLES = "data/easyvqa/images.zip", Path("data/samples")
-LOOKED_AT = 1000  # rows
+ANSWERS, LOOKED_AT = Path("results/sft/predictions.parquet"), 1000  # rows of it
 
 
 def hints(params: Path = Path("params.yaml")) -> list[str]:
@@ -40,9 +39,10 @@ def _heldout(params: Params) -> tuple[str, str, str] | None:
     """A picture in a folder that the last run was asked about, with the question and what it is; None where there is none."""
     images = params.data.heldout.images
     try:
-        with pq.ParquetFile("results/sft/predictions.parquet") as file:
-            rows = next(file.iter_batches(LOOKED_AT, columns=["images", "question"])).to_pylist()
-    except (OSError, ValueError, StopIteration):
+        with ANSWERS.open("rb") as file:
+            batch = next(AnswersFile(file, where=str(ANSWERS)).batches(["images", "question"]))
+            rows = batch.slice(0, LOOKED_AT).to_pylist()
+    except (OSError, PipelineError, StopIteration):
         return None
     for row in rows:
         for name in row["images"][:1]:
