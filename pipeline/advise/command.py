@@ -17,12 +17,11 @@ from pipeline.check import (
     Size,
     Work,
     encoder_shape,
+    make_work,
     measure_size,
-    rows_a_visit,
     sample_pictures,
     sampled_run,
     time_pictures,
-    time_steps,
     write_sample,
     write_store,
 )
@@ -124,19 +123,9 @@ def _write(
 
 def _work(params: Params, name: str, size: Size, extracted: Size, encoder: Encoder | FusedEncoder, folder: Path) -> Work:
     """What the stage has to do, its steps timed."""
+    fresh = size.beyond(extracted) if size is not extracted else size.pictures
     with sampled_run(params, name, folder) as run:
-        step, visits = time_steps(run, seconds=SECONDS), round(size.slots / rows_a_visit(run))
-    return Work(
-        name=name,
-        train=getattr(params, name).train,
-        rows=size.rows,
-        pictures=size.pictures,
-        fresh=size.beyond(extracted) if size is not extracted else size.pictures,
-        visits=visits,
-        kept=params.runtime.live_cache_mb * 1_000_000 // (encoder.tokens * encoder.width * 2),
-        epochs=getattr(params, name).epochs,
-        step=step,
-    )
+        return make_work(params, run, size, encoder, fresh=fresh, seconds=SECONDS)
 
 
 def _free_memory() -> int:

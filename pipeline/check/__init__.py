@@ -18,8 +18,8 @@ from pipeline.check.sample import Size, measure_size, sample_pictures, write_sam
 from pipeline.check.seconds import Rates, Work, encodings, extraction_seconds, live_seconds, stored_seconds
 from pipeline.check.survey import Report, Settings, Subject, survey
 from pipeline.check.terminal import open_console, show
-from pipeline.check.timing import rows_a_visit, sampled_run, time_steps, wait_for
-from pipeline.check.training import STAGES, make_part, training_costs
+from pipeline.check.timing import sampled_run, wait_for
+from pipeline.check.training import STAGES, make_part, make_work, training_costs
 
 __all__ = [
     "STAGES",
@@ -43,10 +43,10 @@ __all__ = [
     "live_seconds",
     "load_builder",
     "make_part",
+    "make_work",
     "measure_size",
     "measured_rate",
     "open_console",
-    "rows_a_visit",
     "sample_pictures",
     "sampled_run",
     "seconds_text",
@@ -56,7 +56,6 @@ __all__ = [
     "survey",
     "thumbnail",
     "time_pictures",
-    "time_steps",
     "training_costs",
     "wait_for",
     "write_sample",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.check.costs import CHEAP, PictureTime, Rate, weights_size
 from pipeline.check.facts import seconds_text
-from pipeline.check.sample import ROWS, write_sample, write_store
+from pipeline.check.sample import ROWS, Size, write_sample, write_store
 from pipeline.check.seconds import Rates, Work, live_seconds, stored_seconds
 from pipeline.check.survey import Report
 from pipeline.check.timing import CPU_FLOPS, LEAST, STEP, HeldoutTime, rows_a_visit, sampled_run, time_heldout, time_steps
@@ -19,6 +19,7 @@ from pipeline.features import Encoder, FusedEncoder, load_encoder, member_folder
 from pipeline.params import Params, Training
 from pipeline.records import Mixture, Source
 from pipeline.text import PromptBuilder, TokenTable
+from pipeline.vlm.training import TrainingRun
 
 STAGES = ("pretrain", "sft")
 SECONDS = 1.5  # of warm-up, and of timing, of each stage's steps
@@ -128,22 +129,29 @@ def _stage_seconds(
 
 
 def _measure(params: Params, name: str, part: Part, encoder: Encoder | FusedEncoder, folder: Path) -> Measured:
-    training: Training = getattr(params, name)
     began = time.perf_counter()
     with sampled_run(params, name, folder) as run:
         loading = time.perf_counter() - began
-        work = Work(
-            name=name,
-            train=training.train,
-            rows=part.rows,
-            pictures=part.pictures,
-            fresh=0,
-            visits=round(part.slots / rows_a_visit(run)),
-            kept=params.runtime.live_cache_mb * 1_000_000 // (encoder.tokens * encoder.width * 2),
-            epochs=training.epochs,
-            step=time_steps(run, seconds=SECONDS),
-        )
+        work = make_work(params, run, part, encoder, fresh=0, seconds=SECONDS)
         return Measured(loading, work, time_heldout(run), len(run.heldout.table))
+
+
+def make_work(
+    params: Params, run: TrainingRun, size: Part | Size, encoder: Encoder | FusedEncoder, *, fresh: int, seconds: float
+) -> Work:
+    """What a stage has to do with a data set of that size, its steps timed on a sample for so many seconds, twice."""
+    training: Training = getattr(params, run.name)
+    return Work(
+        name=run.name,
+        train=training.train,
+        rows=size.rows,
+        pictures=size.pictures,
+        fresh=fresh,
+        visits=round(size.slots / rows_a_visit(run)),
+        kept=params.runtime.live_cache_mb * 1_000_000 // (encoder.tokens * encoder.width * 2),
+        epochs=training.epochs,
+        step=time_steps(run, seconds=seconds),
+    )
 
 
 def _write_inputs(params: Params, name: str, parts: dict[str, Part], encoder: Encoder | FusedEncoder, folder: Path) -> None:
